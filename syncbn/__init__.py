@@ -1,0 +1,21 @@
+"""Synchronised batch normalisation: P small batches train exactly like one large batch.
+
+Start the job with torchrun, mpirun, horovodrun or srun, and in the script::
+
+    comm = syncbn.init()
+    model = syncbn.convert_sync_batchnorm(model)
+"""
+
+from . import comm as comm
+from . import errors as errors
+from . import functional as functional
+from ._convert import convert_sync_batchnorm as convert_sync_batchnorm
+from ._convert import revert_sync_batchnorm as revert_sync_batchnorm
+from ._launcher import init as init
+from ._layer import SyncBatchNorm as SyncBatchNorm
+from ._parallel import average_gradients as average_gradients
+from ._parallel import broadcast_parameters as broadcast_parameters
+from ._parallel import global_mean as global_mean
+from .comm._groups import world as world
+
+__version__ = "0.1.0"

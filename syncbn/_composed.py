@@ -1,0 +1,80 @@
+"""The definition in plain torch operations: any device, differentiable to any order, compilable."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._statistics import local_sums, mean_and_variance
+from .comm import Communicator
+
+
+class Normalized(NamedTuple):
+    """What a training forward yields."""
+
+    y: Tensor  # (N, C, *), dtype and memory format of the input
+    mean: Tensor  # (C,) float64, over all replicas
+    variance: Tensor  # (C,) float64, biased, over all replicas
+    total_count: Tensor  # (1,) float64, values per channel over all replicas
+
+
+def sync_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, comm: Communicator
+) -> Normalized:
+    """Normalise `x` (N, C, *) with the moments of all replicas.
+
+    Everything works on d = x - p with p this replica's own mean: sums of d do not cancel, and neither does
+    y = γ/√(σ²+ε)·(d - (μ - p)) + β, however far the mean is from zero.
+
+    Collectives: one float64 all-reduce of 2C+1 numbers, one of 2C in a backward that needs dx.
+    """
+    dims = [0, *range(2, x.dim())]
+    channel = [1, -1] + [1] * (x.dim() - 2)
+    values = x.to(compute_dtype(x))
+    count = x.numel() // x.shape[1]  # values per channel here
+    pivot = values.detach().sum(dims) / max(count, 1)  # a constant to autograd: the result does not depend on it
+    centred = values - pivot.view(channel)
+
+    n = torch.full((1,), count, dtype=torch.float64, device=x.device)
+    sums, n = all_reduce_sums(local_sums(centred, pivot, count), n, comm)
+    mean, variance = mean_and_variance(sums, n)
+
+    scale = torch.rsqrt(variance + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = (pivot - mean) * scale
+    if bias is not None:
+        shift = shift + bias
+    y = centred * scale.to(values.dtype).view(channel) + shift.to(values.dtype).view(channel)
+    return Normalized(y.to(x.dtype), mean.detach(), variance.detach(), n)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the work per value: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def all_reduce_sums(sums: Tensor, constants: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
+    """All-reduce two float64 vectors in one collective, differentiable to any order in the first.
+
+    The sum over the replicas is its own adjoint: with S = Σ_r s_r on every replica, dL/ds_r = Σ_q dL_q/dS. So the
+    backward is the forward, of `sums` alone.
+    """
+    return _AllReduce.apply(sums, constants, comm)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, constants: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
+        ctx.comm = comm
+        total = comm.all_reduce(torch.cat([sums, constants]))
+        # Clones: outputs of a Function must not be views of one another.
+        total_sums, total_constants = (part.clone() for part in total.tensor_split([sums.numel()]))
+        ctx.mark_non_differentiable(total_constants)
+        return total_sums, total_constants
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        return all_reduce_sums(grad, grad.new_empty(0), ctx.comm)[0], None, None

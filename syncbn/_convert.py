@@ -1,0 +1,121 @@
+"""BatchNorm -> SyncBatchNorm and back, in place: the same object gets another class."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ._layer import SyncBatchNorm
+from .comm._groups import Group, ProcessGroup, check_spec
+from .errors import ConversionError
+
+M = TypeVar("M", bound=nn.Module)
+
+_OWN_FORWARD = (
+    "has a forward of its own, which would be lost: leave it out (convert the submodules one by one), or let it derive "
+    "from SyncBatchNorm"
+)
+_SUBCLASS = "derives from nn.SyncBatchNorm, whose forward is CUDA only: let it derive from syncbn.SyncBatchNorm"
+_LAZY = "has no shape yet: run one batch through the model first, then convert"
+
+
+def convert_sync_batchnorm(module: M, process_group: ProcessGroup = None) -> M:
+    """Make every BatchNorm1d/2d/3d and nn.SyncBatchNorm in `module` synchronise, in place.
+
+    Each keeps its identity: parameters, buffers, hooks, flags and aliases stay, an optimizer made before still updates
+    it, `isinstance(layer, nn.BatchNorm2d)` stays true. `revert_sync_batchnorm` undoes it. Converting twice is
+    converting once. Other modules (InstanceNorm, GroupNorm) are not touched. Issues no collective.
+
+    An nn.SyncBatchNorm keeps its own process group where `process_group` is None. It is no longer an
+    `nn.SyncBatchNorm` then, so that DDP takes it on a CPU too.
+
+    Args:
+        module: the model, or a norm layer itself; not yet wrapped in DDP or FSDP.
+        process_group: the replicas, see `SyncBatchNorm`.
+
+    Returns:
+        `module` itself.
+
+    Raises:
+        ConversionError: a norm layer is lazy, or a subclass with a forward of its own. Nothing has been changed then.
+        GroupError: `process_group` is not a group.
+
+    Example:
+        >>> from torch import nn
+        >>> convert_sync_batchnorm(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)))[1]
+        SyncBatchNorm2d(4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+    check_spec(process_group)
+    layers: list[Any] = [m for m in module.modules() if isinstance(m, _BatchNorm) and not isinstance(m, SyncBatchNorm)]
+    classes = [_synchronised(layer.__class__) for layer in layers]  # all checks before the first change
+    for layer, cls in zip(layers, classes, strict=True):
+        # nn.SyncBatchNorm keeps its group in an attribute, which gives way to our property and comes back in revert.
+        layer._original_group = layer._group = Group(layer.__dict__.pop("process_group", None))
+        layer.__class__ = cls
+    if process_group is not None:
+        for m in module.modules():
+            if isinstance(m, SyncBatchNorm):
+                m.process_group = process_group
+    return module
+
+
+def revert_sync_batchnorm(module: M) -> M:
+    """Give every converted layer in `module` its original class back, in place: the inverse of the conversion.
+
+    Parameters, buffers and everything else stay. Layers that were made as `SyncBatchNorm` have no original class and
+    stay as they are. Issues no collective.
+
+    Returns:
+        `module` itself.
+
+    Example:
+        >>> from torch import nn
+        >>> revert_sync_batchnorm(convert_sync_batchnorm(nn.BatchNorm1d(4)))
+        BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+    converted: list[Any] = [m for m in module.modules() if isinstance(m, _Converted)]
+    for layer in converted:
+        original, group = layer._original_class, layer.__dict__.pop("_original_group")
+        del layer._group
+        layer.__class__ = original
+        if original is nn.SyncBatchNorm:
+            layer.process_group = group.spec
+    return module
+
+
+class _Converted:
+    """Marks the generated classes, and makes their instances pickle: by the original class, which can be imported."""
+
+    _original_class: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state: Any = object.__reduce_ex__(self, protocol)[2:]
+        return _new, (self._original_class,), *state
+
+
+def _new(original: Any) -> nn.Module:
+    cls = _synchronised(original)
+    return cls.__new__(cls)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _synchronised(original: Any) -> Any:
+    """Return the class `Sync<Original>(SyncBatchNorm, Original)`, made once."""
+    if issubclass(original, nn.modules.lazy.LazyModuleMixin):
+        raise ConversionError(f"{original.__name__} {_LAZY}")
+    if issubclass(original, nn.SyncBatchNorm) and original is not nn.SyncBatchNorm:
+        raise ConversionError(f"{original.__module__}.{original.__qualname__} {_SUBCLASS}")
+    if original.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        raise ConversionError(f"{original.__module__}.{original.__qualname__} {_OWN_FORWARD}")
+    namespace: dict[str, Any] = {
+        "__doc__": f"{original.__name__} with the statistics of all replicas.",
+        "__module__": __name__,
+        "_original_class": original,
+        "_check_input_dim": original._check_input_dim,
+    }
+    if original is nn.SyncBatchNorm:  # not a base: DDP refuses CPU modules that contain one
+        return type("SyncBatchNorm", (_Converted, SyncBatchNorm), namespace)
+    return type(f"Sync{original.__name__}", (_Converted, SyncBatchNorm, original), namespace)

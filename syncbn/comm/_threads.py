@@ -1,0 +1,116 @@
+"""Replicas without processes: one thread each, for tests, teaching and large worlds on a small machine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from syncbn.errors import CollectiveError
+
+from ._protocol import Communicator, SharedHandle, check_payload, part_of
+
+T = TypeVar("T")
+
+
+class _Room:
+    """What the threads of one world share: a slot each, and two barriers per collective."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.slots: list[Tensor | None] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=timeout)
+        self.children: dict[tuple[int, ...], _Room] = {}  # by the ranks of a part, made in `split`
+        self.lock = threading.Lock()
+
+    def wait(self) -> None:
+        try:
+            self.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise CollectiveError(
+                f"all_reduce over {len(self.slots)} threads: a peer raised, or did not call within "
+                f"{self.barrier._timeout:g} s"  # type: ignore[attr-defined]
+            ) from None
+
+    def abort(self) -> None:
+        self.barrier.abort()
+        for child in self.children.values():
+            child.abort()
+
+
+class ThreadReplica(SharedHandle):
+    """The communicator that `run_threads` hands to each thread. Sums in rank order, so bit-equal everywhere."""
+
+    def __init__(self, rank: int, room: _Room) -> None:
+        self.rank = rank
+        self.size = len(room.slots)
+        self._room = room
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Return the sum of `x` over the threads."""
+        check_payload(x)
+        slots = self._room.slots
+        slots[self.rank] = x
+        self._room.wait()
+        peers = [slot for slot in slots if slot is not None]
+        signatures = [(slot.dtype, tuple(slot.shape)) for slot in peers]
+        total = None
+        if len(set(signatures)) == 1:
+            total = peers[0].clone()
+            for peer in peers[1:]:
+                total += peer
+        self._room.wait()  # everybody has read: the slots may be filled again
+        if total is None:
+            raise CollectiveError(f"all_reduce: the replicas sent different dtypes or shapes, by rank: {signatures}")
+        return total
+
+    def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
+        """Return the communicator of the part that holds this rank."""
+        part = tuple(part_of(self.rank, partition))
+        with self._room.lock:
+            timeout: float = self._room.barrier._timeout  # type: ignore[attr-defined]
+            room = self._room.children.setdefault(part, _Room(len(part), timeout))
+        return ThreadReplica(part.index(self.rank), room)
+
+
+def run_threads(size: int, fn: Callable[[Communicator], T], *, timeout: float = 60.0) -> list[T]:
+    """Run `fn(comm)` on `size` threads, each one replica, and return their results in rank order.
+
+    Args:
+        size: number of replicas.
+        fn: called once per replica with that replica's communicator.
+        timeout: seconds that a replica waits for its peers in one collective.
+
+    Raises:
+        Exception: the first error of any thread; the others are released from their collectives.
+
+    Example:
+        >>> import torch
+        >>> run_threads(3, lambda comm: comm.all_reduce(torch.tensor([float(comm.rank)])).item())
+        [3.0, 3.0, 3.0]
+    """
+    room = _Room(size, timeout)
+    errors: list[BaseException] = []  # in the order of their happening: the first is the cause
+
+    def replica(rank: int) -> T:
+        try:
+            return fn(ThreadReplica(rank, room))
+        except BaseException as error:
+            errors.append(error)
+            room.abort()
+            raise
+
+    grad_enabled = torch.is_grad_enabled()
+
+    def with_grad_mode(rank: int) -> T:
+        with torch.set_grad_enabled(grad_enabled):  # thread-local in torch: a new thread starts with grad on
+            return replica(rank)
+
+    with ThreadPoolExecutor(size, thread_name_prefix="replica") as pool:
+        futures = [pool.submit(with_grad_mode, rank) for rank in range(size)]
+    if errors:
+        raise errors[0]
+    return [future.result() for future in futures]

@@ -1,0 +1,44 @@
+"""What syncbn raises. One root class, so that `except SyncBatchNormError` catches all that the library says itself."""
+
+__all__ = [
+    "BackendError",
+    "CollectiveError",
+    "ConversionError",
+    "DTypeError",
+    "GroupError",
+    "InputError",
+    "LaunchError",
+    "SyncBatchNormError",
+]
+
+
+class SyncBatchNormError(Exception):
+    """Root of every error of this library."""
+
+
+class InputError(SyncBatchNormError, ValueError):
+    """A tensor or number that cannot be normalised: wrong rank, channel count or value."""
+
+
+class DTypeError(SyncBatchNormError, TypeError):
+    """A tensor whose dtype cannot be normalised or communicated."""
+
+
+class GroupError(SyncBatchNormError, ValueError):
+    """A process group that is unknown, was lost by pickling, or does not contain this rank."""
+
+
+class CollectiveError(SyncBatchNormError, RuntimeError):
+    """A collective failed: a peer died, did not call, or called something else."""
+
+
+class ConversionError(SyncBatchNormError, TypeError):
+    """A module that cannot be converted without changing what the model computes."""
+
+
+class LaunchError(SyncBatchNormError, RuntimeError):
+    """The environment variables of the launcher are incomplete or contradict each other."""
+
+
+class BackendError(SyncBatchNormError, ImportError):
+    """An optional package (mpi4py, horovod) or one of its features is missing."""
