@@ -167,8 +167,8 @@ def init(backend: str | None = None, *, timeout: timedelta = DEFAULT_TIMEOUT) ->
     """
     if backend is not None and backend not in BACKENDS:
         raise LaunchError(f"unknown backend {backend!r}: expected None or one of {BACKENDS}")
-    if world().size > 1 or not isinstance(world(), SingleProcess):
-        return world()
+    if not isinstance(world(), SingleProcess):
+        return world()  # joined before, by us or by the user
     launch = detect(os.environ)
     _select_device(launch)
     comm = _join(launch, backend or _default_backend(launch), timeout)
@@ -186,7 +186,7 @@ def _default_backend(launch: Launch) -> str:
 
 def _join(launch: Launch, backend: str, timeout: timedelta) -> Communicator:
     if backend == "none":
-        return SingleProcess()
+        return world()
     if backend == "horovod":
         return _join_horovod(launch, timeout)
     comm = MPI(timeout=timeout) if backend == "mpi" else _join_torch(launch, backend, timeout)

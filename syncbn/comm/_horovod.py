@@ -81,15 +81,22 @@ class Horovod(SharedHandle):
         return Horovod(sets[mine], name=self.name)
 
 
+_process_sets: dict[tuple[int, ...], Any] = {}  # Horovod refuses to register the same ranks twice
+
+
 def _registered(ranks: list[int]) -> Any:
-    """Return the process set of `ranks`: Horovod refuses to register the same ranks twice."""
+    """Return the process set of `ranks`, registered at the first call."""
     hvd = _hvd()
     if ranks == list(range(hvd.size())):
         return hvd.global_process_set
+    known = _process_sets.get(tuple(ranks))
+    if known is not None and known.process_set_id is not None:  # None: removed, or Horovod was shut down
+        return known
     try:
-        return hvd.add_process_set(ranks)
+        _process_sets[tuple(ranks)] = hvd.add_process_set(ranks)
     except ValueError as error:
         raise GroupError(
-            f"Horovod could not register a process set for ranks {ranks}: syncbn.init() allows it, with "
-            f"horovod.torch.init() set HOROVOD_DYNAMIC_PROCESS_SETS=1 before ({error})"
+            f"Horovod could not register a process set for ranks {ranks}; if you registered it yourself, pass it as "
+            f"process_group; if you called horovod.torch.init() yourself, set HOROVOD_DYNAMIC_PROCESS_SETS=1: {error}"
         ) from error
+    return _process_sets[tuple(ranks)]

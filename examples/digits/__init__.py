@@ -1,0 +1,1 @@
+"""Small-batch detection of handwritten digits: the parts of `detect_digits.py`."""

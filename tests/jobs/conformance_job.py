@@ -1,0 +1,47 @@
+"""Started by a real launcher: the conformance suite, the groups and the layer over this launcher's communicator."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the launchers start this file from anywhere
+
+import torch
+from conformance import conformance
+from torch import nn
+
+import syncbn
+from syncbn.comm._groups import consecutive, resolve
+
+comm = syncbn.init()
+checks = conformance(comm)
+
+for per_group in range(1, comm.size + 1):
+    group = resolve(per_group)
+    ranks = next(part for part in consecutive(comm.size, per_group) if comm.rank in part)
+    assert (group.rank, group.size) == (ranks.index(comm.rank), len(ranks))
+    assert group.all_reduce(torch.tensor([1.0 + comm.rank])).item() == sum(1 + r for r in ranks)
+    assert resolve(per_group) is group  # made once
+assert resolve("node").size == comm.size  # one host
+conformance(resolve(max(1, comm.size - 1)))
+
+# The layer against nn.BatchNorm2d on the whole batch, forward, backward and buffers.
+torch.manual_seed(0)
+whole, g = torch.randn(2 * comm.size, 3, 5, 4).double(), torch.randn(2 * comm.size, 3, 5, 4).double()
+mine = slice(2 * comm.rank, 2 * comm.rank + 2)
+plain, sync = nn.BatchNorm2d(3).double(), syncbn.SyncBatchNorm(3).double()
+x, x_mine = whole.clone().requires_grad_(), whole[mine].clone().requires_grad_()
+y, y_mine = plain(x), sync(x_mine)
+(y * g).sum().backward()
+(y_mine * g[mine]).sum().backward()
+for ours, theirs in (
+    (y_mine, y[mine]),
+    (x_mine.grad, x.grad[mine]),
+    (comm.all_reduce(sync.weight.grad), plain.weight.grad),
+    (comm.all_reduce(sync.bias.grad), plain.bias.grad),
+    (sync.running_mean, plain.running_mean),
+    (sync.running_var, plain.running_var),
+):
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+names = f" {sync._group._name}" if isinstance(comm, syncbn.comm.Horovod) else ""
+print(f"conformance: {type(comm).__name__} rank {comm.rank} of {comm.size}: {checks} checks passed{names}", flush=True)

@@ -1,0 +1,80 @@
+"""The conformance suite over every communicator, each started by its real launcher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from conformance import CHECKS, conformance
+
+from syncbn.comm import SingleProcess, TorchDistributed, run_threads
+from syncbn.errors import CollectiveError, GroupError
+
+
+def test_single_process() -> None:
+    assert conformance(SingleProcess()) == len(CHECKS)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
+def test_threads(size: int) -> None:
+    assert run_threads(size, conformance) == [len(CHECKS)] * size
+
+
+def test_the_suite_can_fail() -> None:
+    """Negative control: a communicator that averages, and one that keeps its own bits, are caught."""
+
+    class Averages(SingleProcess):
+        size = 2
+
+    with pytest.raises(AssertionError):
+        conformance(Averages())
+
+
+def _conformance(rank: int, size: int) -> int:
+    return conformance(TorchDistributed())
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gloo(gloo, size: int) -> None:
+    assert gloo(size, _conformance) == [len(CHECKS)] * size
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(120)
+def test_real_launcher(launch) -> None:
+    """Communicator, groups and layer, started by launch/<launcher>.sh."""
+    job = launch(3, "tests/jobs/conformance_job.py", seconds=100)
+    assert job.returncode == 0, job.stdout
+    kind = {"torchrun": "TorchDistributed", "mpirun": "MPI", "horovodrun": "Horovod"}[launch.launcher]
+    for rank in range(3):
+        assert f"conformance: {kind} rank {rank} of 3: {len(CHECKS)} checks passed" in job.stdout
+
+
+def _leave_one_out(rank: int, size: int) -> str:
+    group = dist.new_group([0])
+    if rank == 0:
+        return f"{TorchDistributed(group).size}"
+    with pytest.raises(GroupError, match="not in the process group") as caught:
+        TorchDistributed(group)
+    return str(caught.value)
+
+
+def test_a_rank_outside_the_group_is_told(gloo) -> None:
+    assert gloo(2, _leave_one_out)[0] == "1"
+
+
+def _one_never_calls(rank: int, size: int) -> str:
+    from datetime import timedelta
+
+    group = dist.new_group(list(range(size)), timeout=timedelta(seconds=2))
+    if rank == 1:
+        dist.barrier()
+        return "stayed away"
+    with pytest.raises(CollectiveError, match="rank 0 of 2") as caught:
+        TorchDistributed(group).all_reduce(torch.ones(3))
+    dist.barrier()
+    return str(caught.value)
+
+
+def test_a_peer_that_never_calls_is_an_error_after_the_timeout(gloo) -> None:
+    assert "timeout" in gloo(2, _one_never_calls)[0].lower()

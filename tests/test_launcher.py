@@ -1,0 +1,197 @@
+"""Which launcher started us: over recorded environments, and by starting jobs with each of them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import syncbn
+from syncbn._launcher import Launch, _default_backend, _first_host, _meeting_point, detect
+from syncbn.comm import SingleProcess
+from syncbn.errors import LaunchError
+
+# What each launcher sets, as recorded here; of the variables that matter.
+TORCHRUN = {
+    "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+    "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29400", "TORCHELASTIC_RUN_ID": "job",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_NODE_RANK": "0", "PMIX_RANK": "2",
+}  # fmt: skip
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2", "PMI_FD": "9"}
+HOROVODRUN = {
+    "HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2",
+    "HOROVOD_CROSS_RANK": "0", "HOROVOD_CROSS_SIZE": "1", "HOROVOD_CONTROLLER": "gloo",
+}  # fmt: skip
+SBATCH = {"SLURM_JOB_ID": "71", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NNODES": "2"}
+SRUN = {
+    **SBATCH, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+}  # fmt: skip
+ONE_TASK_STEP = {**SBATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, ("none", 0, 1, 0)),
+        (TORCHRUN, ("torchrun", 1, 4, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, ("torchrun", 1, 2, 0)),
+        (OPEN_MPI, ("mpirun", 2, 4, 0)),
+        (MPICH, ("mpirun", 1, 2, 1)),
+        (HOROVODRUN, ("horovodrun", 1, 2, 1)),
+        (SRUN, ("srun", 3, 4, 1)),
+        (SBATCH, ("none", 0, 1, 0)),  # the batch script itself: no step, one process
+        # the innermost wins
+        ({**SBATCH, **OPEN_MPI}, ("mpirun", 2, 4, 0)),
+        ({**SRUN, **OPEN_MPI}, ("mpirun", 2, 4, 0)),  # on the far node: Open MPI's daemon was started by srun
+        ({**ONE_TASK_STEP, "SLURM_STEP_NUM_TASKS": "2", **OPEN_MPI}, ("mpirun", 2, 4, 0)),
+        ({**ONE_TASK_STEP, **TORCHRUN}, ("torchrun", 1, 4, 1)),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", **TORCHRUN}, ("torchrun", 1, 4, 1)),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", **TORCHRUN}, ("torchrun", 1, 4, 1)),
+        ({**SRUN, "PMI_RANK": "3", "PMI_SIZE": "4"}, ("srun", 3, 4, 1)),  # srun --mpi=pmi2
+        ({**SBATCH, **HOROVODRUN}, ("horovodrun", 1, 2, 1)),
+    ],
+)
+def test_recorded_environments(env: dict[str, str], expected: tuple[str, int, int, int]) -> None:
+    launch = detect(env)
+    assert (launch.launcher, launch.rank, launch.size, launch.local_rank) == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "named"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"RANK": "0"}, "WORLD_SIZE is not set"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK is not set"),
+        ({**TORCHRUN, "RANK": "one"}, "RANK is 'one', not a number"),
+        ({**TORCHRUN, "RANK": "4"}, "RANK=4, WORLD_SIZE=4"),
+        ({**TORCHRUN, "LOCAL_RANK": "7"}, "LOCAL_RANK=7"),
+        ({**TORCHRUN, **HOROVODRUN}, "HOROVOD_RANK, HOROVOD_SIZE.*RANK, WORLD_SIZE"),
+        # two jobs where one was meant: each torchrun knows of itself alone
+        ({**SRUN, **TORCHRUN, "GROUP_WORLD_SIZE": "1"}, "SLURM_PROCID, SLURM_STEP_NUM_TASKS.*--nnodes 4"),
+        ({**OPEN_MPI, **TORCHRUN, "GROUP_WORLD_SIZE": "1"}, "OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE.*--nnodes 4"),
+        ({**OPEN_MPI, **HOROVODRUN}, "HOROVOD_RANK, HOROVOD_SIZE.*OMPI_COMM_WORLD_RANK"),
+    ],
+)
+def test_contradictions_are_refused_by_name(env: dict[str, str], named: str) -> None:
+    with pytest.raises(LaunchError, match=re.compile(named, re.DOTALL)):
+        detect(env)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("node1", "node1"),
+        ("node[1-2]", "node1"),
+        ("gpu[07,09-11],x", "gpu07"),
+        ("a-b,c", "a-b"),
+        ("r[1-2]-ib", "r1-ib"),
+    ],
+)
+def test_first_host(nodelist: str, first: str) -> None:
+    assert _first_host(nodelist) == first
+
+
+def test_meeting_point() -> None:
+    assert _meeting_point(detect(TORCHRUN), TORCHRUN) == "env://"
+    assert _meeting_point(detect(SRUN), SRUN) == "tcp://node1:20071"
+    named = {**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    assert _meeting_point(detect(named), named) == "tcp://10.0.0.1:1234"
+    with pytest.raises(LaunchError, match="SLURM_STEP_NODELIST"):
+        _meeting_point(detect(SRUN), {**SRUN, "SLURM_STEP_NODELIST": ""})
+    with pytest.raises(LaunchError, match="MASTER_ADDR and MASTER_PORT"):
+        _meeting_point(detect(OPEN_MPI), OPEN_MPI)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "backend"),
+    [("none", "none"), ("torchrun", "gloo"), ("srun", "gloo"), ("mpirun", "mpi"), ("horovodrun", "horovod")],
+)
+def test_default_backend_without_cuda(launcher: str, backend: str) -> None:
+    assert _default_backend(Launch(launcher)) == backend
+
+
+def test_alone_there_is_nothing_to_join() -> None:
+    assert isinstance(syncbn.init(), SingleProcess)
+    assert syncbn.init() is syncbn.init() is syncbn.world()
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(LaunchError, match=r"unknown backend 'ncll'.*nccl"):
+        syncbn.init("ncll")
+
+
+JOB = """
+import sys, syncbn, torch
+comm = syncbn.init(**{kwargs})
+print(type(comm).__name__, comm.rank, comm.size, syncbn.init() is comm, flush=True)
+layer = syncbn.SyncBatchNorm(2)
+layer(torch.randn(4, 2))
+{end}
+"""
+
+
+def script(path, end: str = "", kwargs: str = "{}"):
+    file = path / "a job.py"  # a space: the scripts must quote
+    file.write_text(JOB.format(end=end, kwargs=kwargs))
+    return file
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(90)
+def test_a_script_that_simply_ends_exits_0(launch, tmp_path) -> None:
+    # Rank 0 ends a second later than its peers, as after a last evaluation.
+    job = launch(2, script(tmp_path, "import time; time.sleep(1.0 if comm.rank == 0 else 0)"))
+    assert job.returncode == 0, job.stdout
+    kind = {"torchrun": "TorchDistributed", "mpirun": "MPI", "horovodrun": "Horovod"}[launch.launcher]
+    assert f"{kind} 0 2 True" in job.stdout
+    assert f"{kind} 1 2 True" in job.stdout
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(90)
+def test_one_rank_that_raises_ends_the_job(launch, tmp_path) -> None:
+    """The other rank waits in a collective: nobody may hang."""
+    end = "if comm.rank == 1: raise ArithmeticError('rank 1 is ill')\nlayer(torch.randn(4, 2))"
+    job = launch(2, script(tmp_path, end))
+    assert job.returncode != 0
+    assert "rank 1 is ill" in job.stdout
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(90)
+def test_a_peer_that_left_is_an_error_not_a_hang(launch, tmp_path) -> None:
+    """Rank 1 ends without an error while rank 0 still calls: the deadline, or the closed connection, tells."""
+    end = "if comm.rank == 1: sys.exit(0)\nlayer(torch.randn(4, 2))"
+    job = launch(2, script(tmp_path, end, "dict(timeout=__import__('datetime').timedelta(seconds=5))"), seconds=80)
+    assert job.returncode != 0
+    assert "CollectiveError" in job.stdout
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(90)
+def test_plain_python_under_mpirun_takes_the_job_down(tmp_path) -> None:
+    """Without `python -m mpi4py`, too."""
+    from conftest import run_job
+
+    end = "if comm.rank == 1: raise ArithmeticError('rank 1 is ill')\nlayer(torch.randn(4, 2))"
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    job = run_job(["mpirun", "-n", "2", "python", str(script(tmp_path, end))], seconds=60, env=root)
+    assert job.returncode != 0
+    assert "rank 1 is ill" in job.stdout
+
+
+@pytest.mark.timeout(60)
+def test_a_backend_by_name_makes_a_world_of_one(tmp_path) -> None:
+    """DDP needs a process group, also when the script is started alone."""
+    import sys
+
+    from conftest import run_job
+
+    job = run_job([sys.executable, str(script(tmp_path, kwargs="dict(backend='gloo')"))], seconds=50)
+    assert job.returncode == 0, job.stdout
+    assert "TorchDistributed 0 1 True" in job.stdout
