@@ -1,0 +1,11 @@
+// The Python module syncbn._native.
+#include <nanobind/nanobind.h>
+
+void bind_kernels(nanobind::module_ &module);
+void bind_shared_memory(nanobind::module_ &module);
+
+NB_MODULE(_native, module) {
+    module.doc() = "CPU kernels and the shared-memory all-reduce of syncbn, over raw pointers.";
+    bind_kernels(module);
+    bind_shared_memory(module);
+}
