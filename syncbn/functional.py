@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _composed
+from . import _composed, _fused
 from ._statistics import recomputing, update_running_statistics
 from .comm._groups import ProcessGroup, resolve
 from .errors import DTypeError, InputError
+from .kernels import kernels_for
 
 __all__ = ["sync_batch_norm"]
 
@@ -82,7 +83,11 @@ def sync_batch_norm(
     comm = resolve(process_group)
     if comm.size == 1 and input.numel() == input.shape[1]:
         raise _one_value(input)
-    y, mean, variance, count = _composed.sync_batch_norm(input, weight, bias, eps, comm)
+    kernels = kernels_for(input)
+    if kernels is None:
+        y, mean, variance, count = _composed.sync_batch_norm(input, weight, bias, eps, comm)
+    else:
+        y, mean, variance, count = _fused.sync_batch_norm(input, weight, bias, eps, comm, kernels)
     # On an accelerator reading the count would wait for the device; here every rank reads the same number.
     if count.device.type == "cpu" and not torch.compiler.is_compiling() and count.item() == 1:
         raise _one_value(input)

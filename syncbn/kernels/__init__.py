@@ -1,0 +1,4 @@
+"""Kernels: the work on one replica's tensor. Knows nothing of replicas."""
+
+from ._protocol import Kernels as Kernels
+from ._select import kernels_for as kernels_for
