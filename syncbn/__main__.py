@@ -1,0 +1,5 @@
+"""`python -m syncbn`: the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,296 @@
+"""`python -m syncbn bench`: the layer against nn.BatchNorm2d and against what the memory allows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import syncbn
+from syncbn.comm import Communicator
+from syncbn.errors import BackendError
+
+from ._measure import Variants, interleaved, median, paired_ratio
+
+Record = dict[str, Any]
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+LARGE, SMALL = (2, 256, 100, 152), (2, 64, 8, 8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input to the layer."""
+
+    shape: tuple[int, int, int, int]
+    memory_format: str = "contiguous"
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.memory_format} {self.dtype}"
+
+    def random(self, device: str) -> Tensor:
+        """Return a tensor of this shape, dtype and memory format."""
+        x = torch.randn(self.shape, device=device).to(DTYPES[self.dtype])
+        return x.to(memory_format=FORMATS[self.memory_format])
+
+
+CASES = (
+    Case(LARGE),
+    Case(LARGE, "channels_last"),
+    Case(LARGE, dtype="bfloat16"),
+    Case(LARGE, dtype="float16"),
+    Case((2, 64, 200, 304)),
+    Case((2, 512, 50, 76)),
+    Case((2, 2048, 7, 7)),
+    Case((8, 32, 32, 32)),
+    Case((8, 32, 32, 32), "channels_last"),
+    Case(SMALL),
+)
+
+# (what, at most): the project's own bars, for 2 ranks of one thread.
+BARS = {
+    "large contiguous / nn.BatchNorm2d": 0.75,
+    "large channels_last / nn.BatchNorm2d": 0.85,
+    "large contiguous / (floor + collectives)": 1.3,
+    "small layer / one Gloo all-reduce": 0.5,
+    "large bfloat16 / float32": 0.8,
+    "large float16 / float32": 0.8,
+    "ResNet step, sync / local": 1.0,
+}
+
+
+def add_command(commands: Any) -> None:
+    """Add `bench` to the command line."""
+    parser = commands.add_parser(
+        "bench",
+        help="time the layer, its collectives and a training step",
+        description="Times the layer against nn.BatchNorm2d, the composed path, the streaming floor and the bare "
+        "collectives. Start it alone or with launch/bench.sh.",
+    )
+    parser.add_argument("--repeats", type=int, default=30, help="interleaved runs of each variant")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for bench.json and bench.png")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure everything; rank 0 prints, writes and draws."""
+    try:
+        from . import _report
+    except ImportError as error:
+        raise BackendError(f"the benchmark's tables and picture need pip install 'syncbn[cli]' ({error})") from error
+    comm = syncbn.init()
+    results = {
+        "machine": machine(comm),
+        "latency": latency(comm, arguments.repeats),
+        "layer": [layer(case, comm, arguments.repeats) for case in CASES],
+        "resnet": resnet(comm, arguments.repeats),
+        "saved": saved_for_backward(),
+    }
+    results["bars"] = bars(results)
+    if comm.rank == 0:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "bench.json").write_text(json.dumps(results, indent=1))
+        _report.show(results)
+        _report.draw(results, arguments.output / "bench.png")
+        print(f"written: {arguments.output / 'bench.json'}, {arguments.output / 'bench.png'}")
+
+
+def machine(comm: Communicator) -> Record:
+    """Return what the figures depend on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "communicator": type(comm).__name__,
+        "ranks": comm.size,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "device": device,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
+
+
+def latency(comm: Communicator, repeats: int) -> list[Record]:
+    """Time one all-reduce of float64 vectors, over `comm` and over the plain backend beneath it."""
+    rows = []
+    for numel in (1, 129, 1025, 8193):
+        x = torch.zeros(numel, dtype=torch.float64, device=_device())
+        variants = {type(comm).__name__: _call(comm.all_reduce, x), **_plain_backend(x)}
+        times = interleaved(variants, comm, 20 * repeats)
+        rows += [{"numel": numel, "over": name, "seconds": median(t)} for name, t in times.items()]
+    return rows
+
+
+def _plain_backend(x: Tensor) -> Variants:
+    if not dist.is_initialized():
+        return {}
+    return {dist.get_backend(): _call(dist.all_reduce, x)}
+
+
+def _call(fn: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
+    return lambda: fn(x)
+
+
+def layer(case: Case, comm: Communicator, repeats: int) -> Record:
+    """Time forward and backward of one layer in all variants."""
+    x, dy = case.random(_device()).requires_grad_(), case.random(_device())
+    plain = nn.BatchNorm2d(case.shape[1], device=_device())
+    sync = syncbn.SyncBatchNorm(case.shape[1], device=_device())
+    variants: dict[str, Callable[[], object]] = {
+        "syncbn": lambda: forward_backward(sync, x, dy),
+        "nn.BatchNorm2d": lambda: forward_backward(plain, x, dy),
+        "composed": lambda: _composed(sync, x, dy),
+        "collectives": lambda: _bare_collectives(comm, case.shape[1]),
+        **_plain_backend(torch.zeros(2 * case.shape[1] + 1, dtype=torch.float64, device=_device())),
+    }
+    if torch.cuda.is_available() and comm.size > 1:
+        native = nn.SyncBatchNorm(case.shape[1], device=_device())
+        variants["nn.SyncBatchNorm"] = lambda: forward_backward(native, x, dy)
+    if case.dtype == "float32":
+        variants["floor"] = _streaming_floor(x.detach(), dy)
+    times = interleaved(variants, comm, repeats)
+    with_floor = "floor" in times
+    return {
+        "case": str(case),
+        "seconds": {name: median(t) for name, t in times.items()},
+        "to_batch_norm": paired_ratio(times["syncbn"], times["nn.BatchNorm2d"]),
+        "to_floor": _to_floor(times) if with_floor else None,
+        "to_backend": paired_ratio(times["syncbn"], times[dist.get_backend()]) if dist.is_initialized() else None,
+        "times": times["syncbn"],
+    }
+
+
+def forward_backward(module: nn.Module, x: Tensor, dy: Tensor) -> None:
+    """One forward and one backward down to the input."""
+    x.grad = None
+    module(x).backward(dy)
+
+
+def _composed(module: nn.Module, x: Tensor, dy: Tensor) -> None:
+    with _environment("SYNCBN_KERNELS", "composed"):
+        forward_backward(module, x, dy)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _bare_collectives(comm: Communicator, channels: int) -> None:
+    for numel in (2 * channels + 1, 2 * channels):
+        comm.all_reduce(torch.zeros(numel, dtype=torch.float64, device=_device()))
+
+
+def _streaming_floor(x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """The memory traffic that forward and backward cannot avoid: read, copy, two-read dot, two-read-one-write add."""
+    a, b = (t.as_strided((t.numel(),), (1,)) for t in (x, dy))
+
+    def floor() -> None:
+        torch.dot(a, a)  # the sums: read x
+        torch.empty_like(a).copy_(a)  # the normalisation: read x, write y
+        torch.dot(a, b)  # the backward sums: read x and dy
+        torch.add(a, b)  # the input gradient: read x and dy, write dx
+
+    return floor
+
+
+def _to_floor(times: dict[str, list[float]]) -> float:
+    least = [a + b for a, b in zip(times["floor"], times["collectives"], strict=True)]
+    return paired_ratio(times["syncbn"], least)
+
+
+class Block(nn.Module):
+    """A residual block of two convolutions."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norm(outputs), nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), norm(outputs),
+        )  # fmt: skip
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return body + shortcut, rectified."""
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def small_resnet(norm: Callable[[int], nn.Module]) -> nn.Module:
+    """Return a residual network of 15 convolutions and 11 norm layers for (N, 3, H, W)."""
+    widths = [32, 32, 64, 64, 128, 128]
+    blocks = [Block(a, b, 1 if a == b else 2, norm) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    stem = [nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), norm(widths[0]), nn.ReLU()]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
+
+
+def resnet(comm: Communicator, repeats: int) -> Record:
+    """Time a whole training step (forward, backward, SGD) of a small ResNet with two images a rank."""
+    norms = {"local": nn.BatchNorm2d, "sync": syncbn.SyncBatchNorm, "none": lambda channels: nn.Identity()}
+    steps = {name: _training_step(small_resnet(norm).to(_device())) for name, norm in norms.items()}
+    times = interleaved(steps, comm, repeats)
+    return {
+        "seconds": {name: median(t) for name, t in times.items()},
+        "sync_to_local": paired_ratio(times["sync"], times["local"]),
+        "local_to_none": paired_ratio(times["local"], times["none"]),
+    }
+
+
+def _training_step(model: nn.Module) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images, labels = torch.randn(2, 3, 128, 128, device=_device()), torch.tensor([1, 2], device=_device())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def saved_for_backward() -> Record:
+    """Count the numbers that each layer keeps for backward beside its input and parameters, at (2, 64, 8, 8)."""
+    return {"nn.BatchNorm2d": _saved(nn.BatchNorm2d(64)), "syncbn": _saved(syncbn.SyncBatchNorm(64)), "2C": 128}
+
+
+def _saved(module: nn.Module) -> int:
+    saved: list[Tensor] = []
+    x = torch.randn(SMALL, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        module(x)
+    known = {x.data_ptr(), *(p.data_ptr() for p in module.parameters())}
+    return sum(t.numel() for t in saved if t.data_ptr() not in known)
+
+
+def bars(results: Record) -> list[Record]:
+    """Set the measured ratios beside the project's bars; those that need two ranks only where they are."""
+    layers = {row["case"]: row for row in results["layer"]}
+    large, last, small = layers[str(CASES[0])], layers[str(CASES[1])], layers[str(Case(SMALL))]
+    measured = {
+        "large contiguous / nn.BatchNorm2d": large["to_batch_norm"],
+        "large channels_last / nn.BatchNorm2d": last["to_batch_norm"],
+        "large contiguous / (floor + collectives)": large["to_floor"],
+        "small layer / one Gloo all-reduce": small["to_backend"],
+        "large bfloat16 / float32": paired_ratio(layers[str(Case(LARGE, dtype="bfloat16"))]["times"], large["times"]),
+        "large float16 / float32": paired_ratio(layers[str(Case(LARGE, dtype="float16"))]["times"], large["times"]),
+        "ResNet step, sync / local": results["resnet"]["sync_to_local"],
+    }
+    return [{"bar": name, "at_most": BARS[name], "measured": value} for name, value in measured.items()]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

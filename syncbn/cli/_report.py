@@ -1,0 +1,110 @@
+"""The benchmark's tables for a terminal and its picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")
+Record = dict[str, Any]
+
+COLORS = {"nn.BatchNorm2d": "#9aa5b1", "composed": "#f2b872", "syncbn": "#2b6cb0", "floor": "#2f855a"}
+
+
+def show(results: Record) -> None:
+    """Print the tables."""
+    console = Console(width=120)
+    machine = results["machine"]
+    console.print(
+        f"{machine['ranks']} rank(s) x {machine['threads']} thread(s) over {machine['communicator']}, "
+        f"{machine['device']} ({machine['isa']}, {machine['cores']} cores), torch {machine['torch']}"
+    )
+    for table in (_latency(results["latency"]), _layers(results["layer"]), _resnet(results), _bars(results["bars"])):
+        console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def _latency(rows: list[Record]) -> Table:
+    names = list(dict.fromkeys(row["over"] for row in rows))
+    table = _table("One all-reduce of float64 numbers, µs", "numbers", *names)
+    for numel in dict.fromkeys(row["numel"] for row in rows):
+        cells = [f"{row['seconds'] * 1e6:.1f}" for row in rows if row["numel"] == numel]
+        table.add_row(str(numel), *cells)
+    return table
+
+
+def _layers(rows: list[Record]) -> Table:
+    table = _table(
+        "Forward + backward of one layer, ms; ratios are medians of paired runs",
+        "input", "nn.BatchNorm2d", "composed", "syncbn", "floor", "/ nn.BatchNorm2d", "/ (floor + collectives)",
+    )  # fmt: skip
+    for row in rows:
+        seconds = row["seconds"]
+        cells = [_ms(seconds.get(name)) for name in ("nn.BatchNorm2d", "composed", "syncbn", "floor")]
+        table.add_row(row["case"], *cells, _ratio(row["to_batch_norm"]), _ratio(row["to_floor"]))
+    return table
+
+
+def _resnet(results: Record) -> Table:
+    resnet, saved = results["resnet"], results["saved"]
+    table = _table("A training step of a small ResNet, 2 images a rank; numbers kept for backward", "", "value")
+    for name, seconds in resnet["seconds"].items():
+        table.add_row(f"{name} norm, ms", _ms(seconds))
+    table.add_row("sync / local", _ratio(resnet["sync_to_local"]))
+    for name, count in saved.items():
+        table.add_row(f"kept at C = 64: {name}", str(count))
+    return table
+
+
+def _bars(rows: list[Record]) -> Table:
+    table = _table("The bars (for 2 ranks of one thread)", "what", "at most", "measured", "")
+    for row in rows:
+        measured = row["measured"]
+        verdict = "not measured" if measured is None else "ok" if measured <= row["at_most"] else "missed"
+        table.add_row(row["bar"], _ratio(row["at_most"]), _ratio(measured), verdict)
+    return table
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def draw(results: Record, path: Path) -> None:
+    """Draw the time of each layer relative to nn.BatchNorm2d, on a logarithmic axis."""
+    rows, machine = results["layer"][::-1], results["machine"]
+    figure, axes = plt.subplots(figsize=(9, 0.62 * len(rows) + 1.6), layout="constrained")
+    height = 0.2
+    for offset, (name, color) in enumerate(COLORS.items()):
+        drawn = [(i, row["seconds"]) for i, row in enumerate(rows) if name in row["seconds"]]
+        values = [seconds[name] / seconds["nn.BatchNorm2d"] for _, seconds in drawn]
+        places = [i + (1.5 - offset) * height for i, _ in drawn]
+        bars = axes.barh(places, values, height, color=color, label=name if name != "floor" else "streaming floor")
+        if name == "syncbn":
+            axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8, color=color)
+    axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=9)
+    axes.axvline(1, color="#4a5568", linewidth=0.8)
+    axes.set_xscale("log")
+    ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("time of forward + backward, relative to nn.BatchNorm2d without synchronisation (less is better)")
+    axes.set_title(f"{machine['ranks']} ranks x {machine['threads']} thread, {machine['communicator']}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
