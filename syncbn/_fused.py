@@ -89,6 +89,7 @@ def _differentiable_backward(
     variance = invstd.reciprocal().square() - ctx.eps
     total = torch.cat([mean * count, (variance + mean.square()) * count, count]).detach()
     y = _composed.sync_batch_norm(x, weight, bias, ctx.eps, _Recalled(ctx.comm, total)).y
-    inputs = [t for t, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]
+    candidates: tuple[Any, ...] = (x, weight, bias)
+    inputs = [t for t, needed in zip(candidates, ctx.needs_input_grad, strict=False) if needed]
     grads = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad[:3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -233,14 +234,18 @@ class Block(nn.Module):
 def small_resnet(norm: Callable[[int], nn.Module]) -> nn.Module:
     """Return a residual network of 15 convolutions and 11 norm layers for (N, 3, H, W)."""
     widths = [32, 32, 64, 64, 128, 128]
-    blocks = [Block(a, b, 1 if a == b else 2, norm) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    blocks = [Block(a, b, 1 if a == b else 2, norm) for a, b in itertools.pairwise(widths)]
     stem = [nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), norm(widths[0]), nn.ReLU()]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
 
 
 def resnet(comm: Communicator, repeats: int) -> Record:
     """Time a whole training step (forward, backward, SGD) of a small ResNet with two images a rank."""
-    norms = {"local": nn.BatchNorm2d, "sync": syncbn.SyncBatchNorm, "none": lambda channels: nn.Identity()}
+    norms: dict[str, Callable[[int], nn.Module]] = {
+        "local": nn.BatchNorm2d,
+        "sync": syncbn.SyncBatchNorm,
+        "none": lambda channels: nn.Identity(),
+    }
     steps = {name: _training_step(small_resnet(norm).to(_device())) for name, norm in norms.items()}
     times = interleaved(steps, comm, repeats)
     return {
@@ -256,7 +261,8 @@ def _training_step(model: nn.Module) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
+        loss: Any = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
         optimizer.step()
 
     return step
@@ -270,7 +276,12 @@ def saved_for_backward() -> Record:
 def _saved(module: nn.Module) -> int:
     saved: list[Tensor] = []
     x = torch.randn(SMALL, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         module(x)
     known = {x.data_ptr(), *(p.data_ptr() for p in module.parameters())}
     return sum(t.numel() for t in saved if t.data_ptr() not in known)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -12,14 +13,17 @@ class Kernels(Protocol):
 
     Statistics are float64 (C,) or (2C,); weight and bias (C,) of any floating dtype, or None for 1 and 0. The result
     has the memory format of its first argument. N, or a dimension of *, may be 0.
+
+    Attributes:
+        DTYPES: the dtypes of x and dy that they take.
     """
+
+    DTYPES: frozenset[torch.dtype]
 
     def moments(self, x: Tensor) -> Tensor:
         """Return `[Σx, Σx²]`, float64 (2C,), summed about local pivots so that nothing cancels."""
 
-    def normalize(
-        self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
+    def normalize(self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return weight·(x - mean)·invstd + bias, dtype and memory format of `x`."""
 
     def backward_sums(self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:

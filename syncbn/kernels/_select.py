@@ -21,7 +21,7 @@ def kernels_for(x: Tensor) -> Kernels | None:
     """
     if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
         or type(x) not in (Tensor, torch.nn.Parameter)
         or torch._C._are_functorch_transforms_active()
         or os.environ.get("SYNCBN_KERNELS") == "composed"
