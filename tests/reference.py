@@ -37,7 +37,12 @@ class Outcome(NamedTuple):
 
 
 def random_batch(
-    shapes: Iterable[Sequence[int]], dtype: torch.dtype = torch.float64, *, mean: float = 0, std: float = 1, seed: int = 0
+    shapes: Iterable[Sequence[int]],
+    dtype: torch.dtype = torch.float64,
+    *,
+    mean: float = 0,
+    std: float = 1,
+    seed: int = 0,
 ) -> Batch:
     """Draw normal inputs and upstream gradients, one of each shape."""
     generator = torch.Generator().manual_seed(seed)

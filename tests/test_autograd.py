@@ -41,7 +41,9 @@ class Together(torch.autograd.Function):
 
         def replica(comm):
             with torch.enable_grad():
-                return [y.detach() for y in fn(comm, *(t.detach().requires_grad_() for t in tensors[comm.rank :: size]))]
+                return [
+                    y.detach() for y in fn(comm, *(t.detach().requires_grad_() for t in tensors[comm.rank :: size]))
+                ]
 
         return tuple(itertools.chain(*zip(*run_threads(size, replica), strict=True)))
 
@@ -300,8 +302,8 @@ def nested(block, reentrant):
 CHECKPOINTS = {
     "plain": lambda block, reentrant: lambda x: checkpoint(block, x, use_reentrant=reentrant),
     "nested": nested,
-    "in parts": lambda block, reentrant: lambda x: checkpoint(
-        block[2:], checkpoint(block[:2], x, use_reentrant=reentrant), use_reentrant=reentrant
+    "in parts": lambda block, reentrant: (
+        lambda x: checkpoint(block[2:], checkpoint(block[:2], x, use_reentrant=reentrant), use_reentrant=reentrant)
     ),
 }
 

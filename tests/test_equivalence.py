@@ -107,7 +107,10 @@ def test_groups_normalise_by_themselves():
     halves = [Batch(batch.xs[part], batch.gs[part]) for part in (slice(0, 2), slice(2, 4))]
     left, right = [whole_batch(half) for half in halves]
     ours = replicas(batch, communicator=lambda comm: comm.split([[0, 1], [2, 3]]))
-    assert_close(ours._replace(dweight=[], dbias=[]), left._replace(y=left.y + right.y, dx=left.dx + right.dx, dweight=[], dbias=[]))
+    assert_close(
+        ours._replace(dweight=[], dbias=[]),
+        left._replace(y=left.y + right.y, dx=left.dx + right.dx, dweight=[], dbias=[]),
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.3, torch.tensor(0.3, dtype=torch.float64)], ids=["float", "tensor"])
@@ -175,5 +178,5 @@ def test_mistakes_are_seen(mistake, field):
 def test_a_wrong_parameter_gradient_is_seen():
     batch = random_batch([(4, 3, 5)] * 2)
     ours = replicas(batch)
-    with pytest.raises(AssertionError, match="^dweight"):
+    with pytest.raises(AssertionError, match=r"^dweight"):
         assert_close(ours._replace(dweight=[ours.dweight[0] / 2]), whole_batch(batch))

@@ -107,6 +107,15 @@ def test_a_nearly_constant_channel(value, std):
     assert_close(replicas(batch), whole_batch(batch), factor=1 + 20 * value**2)
 
 
+def test_the_variance_of_constant_channels_is_never_negative():
+    """S2/N - μ² rounds to either side of 0."""
+    constants = 10 * random_batch([(1, 1000)]).xs[0]
+    batch = Batch([constants.expand(3, -1)] * 3, [torch.ones(3, 1000).double()] * 3)
+    ours = replicas(batch, momentum=1.0, dtype=torch.float64)
+    assert ours.running_var[0].min() == 0
+    assert ours.running_var[0].max() < 1e-11
+
+
 def test_no_eps_and_channels_constant_on_each_replica():
     _, gs = random_batch([(4, 3)] * 3)
     batch = Batch([torch.full((4, 3), value, dtype=torch.float64) for value in (1.0, 2.0, 4.0)], gs)

@@ -39,6 +39,11 @@ def layer_dtype(layer):
     return next((t.dtype for t in layer.state_dict().values() if t.is_floating_point()), torch.float32)
 
 
+def assert_same_state(layer, state):
+    assert layer.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+
+
 def saved_and_loaded(x, *, weights_only=False):
     file = io.BytesIO()
     torch.save(x, file)
@@ -71,7 +76,7 @@ def test_statistics_frozen_by_the_flag_stay():
         layer.track_running_stats = False
         before = copy.deepcopy(layer.state_dict())
         layer(torch.randn(4, 3))
-        assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+        assert_same_state(layer, before)
     x = torch.randn(4, 3)
     ours, theirs = [layer.eval()(x) for layer in layers]
     torch.testing.assert_close(ours, theirs)
@@ -80,7 +85,7 @@ def test_statistics_frozen_by_the_flag_stay():
 def test_reset():
     layer = trained(SyncBatchNorm(3))
     layer.reset_parameters()
-    assert all(torch.equal(a, b) for a, b in zip(layer.state_dict().values(), nn.BatchNorm1d(3).state_dict().values()))
+    assert_same_state(layer, nn.BatchNorm1d(3).state_dict())
 
 
 def test_update_bn_averages_over_all_batches_and_replicas():
@@ -123,7 +128,7 @@ def test_eval_leaves_the_statistics_alone():
     layer = trained(SyncBatchNorm(3)).eval()
     before = copy.deepcopy(layer.state_dict())
     layer(torch.randn(4, 3))
-    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+    assert_same_state(layer, before)
 
 
 def test_eval_exports():
@@ -135,7 +140,6 @@ def test_eval_exports():
     assert torch.equal(program.module()(x), layer(x))
 
 
-# FINDING: the checks of the shape compare traced numbers: three TracerWarnings, where nn.BatchNorm2d has none.
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_eval_traces():
     layer = trained(SyncBatchNorm(3)).eval()
@@ -294,7 +298,7 @@ def test_a_failed_collective_leaves_the_layer_as_it_was():
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(AssertionError, match="a collective of 7 numbers"):
         layer(torch.randn(2, 3))
-    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+    assert_same_state(layer, before)
 
 
 def test_the_group_is_named():
