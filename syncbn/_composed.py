@@ -32,7 +32,7 @@ def sync_batch_norm(
     """
     dims = [0, *range(2, x.dim())]
     channel = [1, -1] + [1] * (x.dim() - 2)
-    values = x.to(compute_dtype(x))
+    values = _KeepLayout.apply(x).to(compute_dtype(x))  # type: ignore[no-untyped-call]
     count = x.numel() // x.shape[1]  # values per channel here
     pivot = values.detach().sum(dims) / max(count, 1)  # a constant to autograd: the result does not depend on it
     centred = values - pivot.view(channel)
@@ -67,14 +67,33 @@ def all_reduce_sums(sums: Tensor, constants: Tensor, comm: Communicator) -> tupl
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, constants: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
-        ctx.comm = comm
+    def forward(sums: Tensor, constants: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
         total = comm.all_reduce(torch.cat([sums, constants]))
         # Clones: outputs of a Function must not be views of one another.
         total_sums, total_constants = (part.clone() for part in total.tensor_split([sums.numel()]))
-        ctx.mark_non_differentiable(total_constants)
         return total_sums, total_constants
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Communicator], output: tuple[Tensor, Tensor]) -> None:
+        ctx.comm = inputs[2]
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         return all_reduce_sums(grad, grad.new_empty(0), ctx.comm)[0], None, None
+
+
+class _KeepLayout(torch.autograd.Function):
+    """The identity, whose gradient has the memory format of its input, whatever that of the output's gradient is."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.memory_format = torch._prims_common.suggest_memory_format(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous(memory_format=ctx.memory_format)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from ._layer import SyncBatchNorm
 from .comm._groups import Group, ProcessGroup, check_spec
@@ -14,12 +15,7 @@ from .errors import ConversionError
 
 M = TypeVar("M", bound=nn.Module)
 
-_OWN_FORWARD = (
-    "has a forward of its own, which would be lost: leave it out (convert the submodules one by one), or let it derive "
-    "from SyncBatchNorm"
-)
-_SUBCLASS = "derives from nn.SyncBatchNorm, whose forward is CUDA only: let it derive from syncbn.SyncBatchNorm"
-_LAZY = "has no shape yet: run one batch through the model first, then convert"
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 def convert_sync_batchnorm(module: M, process_group: ProcessGroup = None) -> M:
@@ -40,7 +36,8 @@ def convert_sync_batchnorm(module: M, process_group: ProcessGroup = None) -> M:
         `module` itself.
 
     Raises:
-        ConversionError: a norm layer is lazy, or a subclass with a forward of its own. Nothing has been changed then.
+        ConversionError: a norm layer is lazy, or has a forward of its own, or the model is wrapped already. Nothing has
+            been changed then.
         GroupError: `process_group` is not a group.
 
     Example:
@@ -49,17 +46,29 @@ def convert_sync_batchnorm(module: M, process_group: ProcessGroup = None) -> M:
         SyncBatchNorm2d(4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
     check_spec(process_group)
+    _refuse_wrapped(module)
     layers: list[Any] = [m for m in module.modules() if isinstance(m, _BatchNorm) and not isinstance(m, SyncBatchNorm)]
-    classes = [_synchronised(layer.__class__) for layer in layers]  # all checks before the first change
-    for layer, cls in zip(layers, classes, strict=True):
-        # nn.SyncBatchNorm keeps its group in an attribute, which gives way to our property and comes back in revert.
-        layer._original_group = layer._group = Group(layer.__dict__.pop("process_group", None))
+    # nn.SyncBatchNorm keeps its group in an attribute, which gives way to our property and comes back in revert.
+    groups = [Group(layer.__dict__.get("process_group")) for layer in layers]
+    classes = [_class_for(layer) for layer in layers]  # all checks come before the first change
+    for layer, cls, group in zip(layers, classes, groups, strict=True):
+        layer.__dict__.pop("process_group", None)
+        layer._original_group = layer._group = group
         layer.__class__ = cls
     if process_group is not None:
         for m in module.modules():
             if isinstance(m, SyncBatchNorm):
                 m.process_group = process_group
     return module
+
+
+def _refuse_wrapped(module: nn.Module) -> None:
+    for m in module.modules():
+        if _WRAPPERS & {base.__name__ for base in type(m).__mro__}:
+            raise ConversionError(
+                f"{type(m).__name__} holds references to the parameters and buffers it was made with: convert the "
+                "model first, then wrap it"
+            )
 
 
 def revert_sync_batchnorm(module: M) -> M:
@@ -71,12 +80,22 @@ def revert_sync_batchnorm(module: M) -> M:
     Returns:
         `module` itself.
 
+    Raises:
+        ConversionError: a layer's class was changed after its conversion (by a parametrization, by FSDP2). Nothing has
+            been changed then.
+
     Example:
         >>> from torch import nn
         >>> revert_sync_batchnorm(convert_sync_batchnorm(nn.BatchNorm1d(4)))
         BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
     converted: list[Any] = [m for m in module.modules() if isinstance(m, _Converted)]
+    for layer in converted:
+        if "_original_class" not in vars(type(layer)):
+            raise ConversionError(
+                f"{type(layer).__name__} was made from a converted layer: undo that first (remove the parametrization, "
+                "unwrap the model), then revert"
+            )
     for layer in converted:
         original, group = layer._original_class, layer.__dict__.pop("_original_group")
         del layer._group
@@ -101,15 +120,39 @@ def _new(original: Any) -> nn.Module:
     return cls.__new__(cls)  # type: ignore[no-any-return]
 
 
+def _class_for(layer: Any) -> Any:
+    """Return the class that synchronises `layer`, or raise ConversionError."""
+    if "forward" in layer.__dict__:
+        raise ConversionError(
+            f"the forward of this {type(layer).__name__} was replaced on the object itself: take that off first, or "
+            "convert before"
+        )
+    if "process_group" in layer.__dict__ and not isinstance(layer, nn.SyncBatchNorm):
+        raise ConversionError(
+            f"{type(layer).__name__} has a `process_group` of its own, which would be lost: rename it"
+        )
+    original: Any = type(layer)
+    if not parametrize.is_parametrized(layer):
+        return _synchronised(original)
+    # torch gave the layer a class of its own, and goes back to its first base when the parametrization is removed.
+    base = _synchronised(original.__bases__[0])
+    properties = {name: value for name, value in vars(original).items() if name not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{base.__name__}", (base,), {**properties, "_original_class": original})
+
+
 @functools.cache
 def _synchronised(original: Any) -> Any:
     """Return the class `Sync<Original>(SyncBatchNorm, Original)`, made once."""
+    name = f"{original.__module__}.{original.__qualname__}"
     if issubclass(original, nn.modules.lazy.LazyModuleMixin):
-        raise ConversionError(f"{original.__name__} {_LAZY}")
+        raise ConversionError(f"{name} has no shape yet: run one batch through the model first, then convert")
     if issubclass(original, nn.SyncBatchNorm) and original is not nn.SyncBatchNorm:
-        raise ConversionError(f"{original.__module__}.{original.__qualname__} {_SUBCLASS}")
+        raise ConversionError(f"{name} derives from nn.SyncBatchNorm: let it derive from syncbn.SyncBatchNorm")
     if original.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-        raise ConversionError(f"{original.__module__}.{original.__qualname__} {_OWN_FORWARD}")
+        raise ConversionError(
+            f"{name} has a forward of its own, which would be lost: convert the other submodules one by one, or let it "
+            "derive from syncbn.SyncBatchNorm"
+        )
     namespace: dict[str, Any] = {
         "__doc__": f"{original.__name__} with the statistics of all replicas.",
         "__module__": __name__,

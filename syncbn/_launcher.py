@@ -201,16 +201,7 @@ def _join(launch: Launch, backend: str, timeout: timedelta) -> Communicator:
 def _join_horovod(launch: Launch, timeout: timedelta) -> Communicator:
     if launch.launcher not in ("horovodrun", "none"):
         raise LaunchError(f"backend 'horovod' under {launch.launcher}: start the job with horovodrun")
-    # Read by Horovod's core in hvd.init. Process sets serve groups; without a stall limit a lost peer means for ever.
-    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
-    os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(min(60, int(timeout.total_seconds() / 2) or 1)))
-    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(1, int(timeout.total_seconds()))))
-    try:
-        import horovod.torch as hvd
-    except ImportError:
-        return Horovod()  # raises, with the remedy
-    hvd.init()  # registers its own shutdown at exit
-    return Horovod()
+    return Horovod.init(timeout)
 
 
 def _join_torch(launch: Launch, backend: str, timeout: timedelta) -> Communicator:

@@ -79,10 +79,7 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input` (N, C, *)."""
         self._check_input_dim(input)
-        if input.dim() > 1 and input.shape[1] != self.num_features:
-            raise InputError(
-                f"expected {self.num_features} channels, got {input.shape[1]} in input of shape {tuple(input.shape)}"
-            )
+        self._check_channels(input)
         tracked = not self.training or self.track_running_stats  # the condition of nn.BatchNorm
         y = sync_batch_norm(
             input,
@@ -98,6 +95,15 @@ class SyncBatchNorm(_BatchNorm):
         if self.training and tracked and self.num_batches_tracked is not None and not recomputing():
             self.num_batches_tracked.add_(1)  # last: an error above leaves all of the state as it was
         return y
+
+    def _check_channels(self, input: Tensor) -> None:
+        """Without parameters and buffers nothing else tells the function how many channels there should be."""
+        if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
+            return
+        if input.dim() > 1 and input.shape[1] != self.num_features:
+            raise InputError(
+                f"expected {self.num_features} channels, got {input.shape[1]} in input of shape {tuple(input.shape)}"
+            )
 
     def _momentum(self) -> float | Tensor:
         if self.momentum is not None:

@@ -33,10 +33,9 @@ def broadcast_parameters(module: nn.Module, *, process_group: ProcessGroup = Non
     """
     comm = resolve(process_group)
     tensors = [*module.parameters(), *module.buffers()]
-    if comm.size == 1 or not tensors:
+    if comm.size == 1:
         return
-    _check_dense(tensors)
-    _check_alike(tensors, comm, "parameters and buffers")
+    _check_alike(tensors, tensors, comm, "parameters and buffers")
     for bucket in _buckets(tensors):
         flat = _flatten(bucket) if comm.rank == 0 else torch.zeros_like(_flatten(bucket))
         _unflatten(comm.all_reduce(flat), bucket)
@@ -61,11 +60,11 @@ def average_gradients(module: nn.Module, *, process_group: ProcessGroup = None) 
     """
     comm = resolve(process_group)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    if comm.size == 1 or not parameters:
+    if comm.size == 1:
         return
-    _check_dense(p.grad for p in parameters if p.grad is not None)
-    _check_alike(parameters, comm, "parameters that require grad")
-    here = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    _check_alike(parameters, gradients, comm, "parameters that require grad")
+    here = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=_device_of(parameters))
     somewhere = comm.all_reduce(here).tolist()
     for p, count in zip(parameters, somewhere, strict=True):
         if p.grad is None and count > 0:
@@ -108,33 +107,36 @@ def global_mean(total: Tensor, count: Tensor | float, *, process_group: ProcessG
     terms = torch.where(sums[-1] > 0, sums[-1], 1.0)
     mean = (sums[:-1] / terms).view(total.shape).to(total.dtype)
     share = total * (comm.size / terms).to(total.dtype)
-    return share + (mean - share).detach()
+    return mean + (share - share.detach())  # the value is mean's, to the bit; the gradient is share's
 
 
 def _as_vector(number: Tensor | float, device: torch.device) -> Tensor:
     return torch.as_tensor(number, dtype=torch.float64, device=device).detach().reshape(1)
 
 
-def _check_dense(tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        if tensor.is_complex() or tensor.layout != torch.strided:
-            raise DTypeError(f"expected dense real tensors, got {tensor.dtype} in layout {tensor.layout}")
+def _device_of(tensors: Sequence[Tensor]) -> torch.device:
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _check_alike(tensors: Sequence[Tensor], comm: Communicator, what: str) -> None:
+def _check_alike(tensors: Sequence[Tensor], sent: Sequence[Tensor], comm: Communicator, what: str) -> None:
     """Compare the replicas' shapes and dtypes, so that a difference is an error on all and not garbage or a hang.
+
+    Whether what will be `sent` can be (dense, real) is compared too: no replica may raise alone.
 
     All numbers h_r are equal if and only if (Σh)² = P·Σh². With h < 2²⁰ float64 holds the sums
     exactly up to 2¹³ replicas.
     """
-    signature = str([(tuple(t.shape), t.dtype) for t in tensors])
+    unfit = [t for t in sent if t.is_complex() or t.layout != torch.strided]
+    signature = str([(tuple(t.shape), t.dtype) for t in tensors] + [bool(unfit)])
     h = zlib.crc32(signature.encode()) >> 12
-    s1, s2 = comm.all_reduce(torch.tensor([h, h * h], dtype=torch.float64, device=tensors[0].device)).tolist()
+    s1, s2 = comm.all_reduce(torch.tensor([h, h * h], dtype=torch.float64, device=_device_of(tensors))).tolist()
     if int(s1) ** 2 != comm.size * int(s2):
         raise InputError(
-            f"the replicas' {what} differ in number, shape or dtype; rank {comm.rank} has {len(tensors)} of "
+            f"the replicas' {what} differ in number, shape, dtype or layout; rank {comm.rank} has {len(tensors)} of "
             f"{sum(t.numel() for t in tensors)} elements: build the same model on every rank"
         )
+    if unfit:
+        raise DTypeError(f"expected dense real tensors, got {unfit[0].dtype} in layout {unfit[0].layout}")
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -89,7 +89,8 @@ def sync_batch_norm(
     else:
         y, mean, variance, count = _fused.sync_batch_norm(input, weight, bias, eps, comm, kernels)
     # On an accelerator reading the count would wait for the device; here every rank reads the same number.
-    if count.device.type == "cpu" and not torch.compiler.is_compiling() and count.item() == 1:
+    readable = not torch.compiler.is_compiling() and count.device.type == "cpu" and type(count) is Tensor
+    if readable and count.item() == 1:
         raise _one_value(input)
     if not recomputing():
         update_running_statistics(running_mean, running_var, mean, variance, count, momentum)
@@ -98,6 +99,8 @@ def sync_batch_norm(
 
 def _check(input: Tensor, **per_channel: Tensor | None) -> None:
     """Refuse, before any collective, what no replica can normalise."""
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]  # a check of shapes would be baked in
+        return
     if input.dim() < 2:
         raise InputError(f"expected 2D or more input, got {input.dim()}D of shape {tuple(input.shape)}: pass (N, C, *)")
     if not input.is_floating_point():
@@ -135,7 +138,8 @@ def _without_peers(
     """Eval: torch's own kernel, after the conversions that it asks for but does not make."""
     per_channel = [running_mean, running_var, weight, bias]
     dtypes = {tensor.dtype for tensor in per_channel if tensor is not None}
-    if dtypes - {input.dtype} and dtypes != {torch.float32}:
+    mixed = input.dtype in (torch.float16, torch.bfloat16) and dtypes == {torch.float32}  # torch's one allowed mixture
+    if dtypes - {input.dtype} and not mixed:
         dtype = _composed.compute_dtype(input)
         per_channel = [None if tensor is None else tensor.to(dtype) for tensor in per_channel]
     running_mean, running_var, weight, bias = per_channel

@@ -128,7 +128,8 @@ def test_an_unknown_backend_is_refused() -> None:
 JOB = """
 import sys, syncbn, torch
 comm = syncbn.init(**{kwargs})
-print(type(comm).__name__, comm.rank, comm.size, syncbn.init() is comm, flush=True)
+sys.stdout.write(f"{{type(comm).__name__}} {{comm.rank}} {{comm.size}} {{syncbn.init() is comm}}\\n")  # in one piece
+sys.stdout.flush()
 layer = syncbn.SyncBatchNorm(2)
 layer(torch.randn(4, 2))
 {end}

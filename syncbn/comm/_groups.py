@@ -59,7 +59,7 @@ def set_world(comm: Communicator | None) -> None:
 
 def check_spec(spec: ProcessGroup) -> None:
     """Refuse what can never name a group, without communicating. Raises GroupError."""
-    if isinstance(spec, bool) or not _is_known(spec):
+    if isinstance(spec, (bool, type)) or not _is_known(spec):
         raise GroupError(f"unknown process group {spec!r} of type {type(spec).__name__}: {_EXPECTED}")
     if isinstance(spec, str) and spec not in ("world", "node"):
         raise GroupError(f"unknown process group {spec!r}: {_EXPECTED}")

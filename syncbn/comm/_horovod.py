@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +52,18 @@ class Horovod(SharedHandle):
         self.rank: int = self.process_set.rank()
         self.size: int = self.process_set.size()
         self.name = name
+
+    @classmethod
+    def init(cls, timeout: timedelta) -> Horovod:
+        """Initialise Horovod, which shuts itself down at exit, and return the global process set's communicator."""
+        hvd = _hvd()
+        seconds = max(2, int(timeout.total_seconds()))
+        # Read by Horovod's core. Groups are process sets; without a limit a rank waits for a lost peer for ever.
+        os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
+        os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(min(60, seconds // 2)))
+        os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(seconds))
+        hvd.init()
+        return cls()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over the process set."""

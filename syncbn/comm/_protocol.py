@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from syncbn.errors import DTypeError
+from syncbn.errors import DTypeError, GroupError
 
 
 @runtime_checkable
@@ -81,5 +81,8 @@ def check_payload(x: Tensor) -> None:
 
 
 def part_of(rank: int, partition: Sequence[Sequence[int]]) -> Sequence[int]:
-    """Return the part of `partition` that holds `rank`."""
-    return next(part for part in partition if rank in part)
+    """Return the part of `partition` that holds `rank`; GroupError if none does."""
+    for part in partition:
+        if rank in part:
+            return part
+    raise GroupError(f"rank {rank} is in no part of {partition}")

@@ -23,6 +23,8 @@ class _Room:
     def __init__(self, size: int, timeout: float) -> None:
         self.slots: list[Tensor | None] = [None] * size
         self.barrier = threading.Barrier(size, timeout=timeout)
+        self.timeout = timeout
+        self.aborted = False
         self.children: dict[tuple[int, ...], _Room] = {}  # by the ranks of a part, made in `split`
         self.lock = threading.Lock()
 
@@ -31,14 +33,24 @@ class _Room:
             self.barrier.wait()
         except threading.BrokenBarrierError:
             raise CollectiveError(
-                f"all_reduce over {len(self.slots)} threads: a peer raised, or did not call within "
-                f"{self.barrier._timeout:g} s"  # type: ignore[attr-defined]
+                f"all_reduce over {len(self.slots)} threads: a peer raised, or did not call within {self.timeout:g} s"
             ) from None
 
+    def child(self, part: tuple[int, ...]) -> _Room:
+        """Return the room of some of the threads, the same for all of them."""
+        with self.lock:
+            room = self.children.setdefault(part, _Room(len(part), self.timeout))
+            if self.aborted:
+                room.abort()
+            return room
+
     def abort(self) -> None:
-        self.barrier.abort()
-        for child in self.children.values():
-            child.abort()
+        """Release everybody who waits here or will."""
+        with self.lock:
+            self.aborted = True
+            self.barrier.abort()
+            for child in self.children.values():
+                child.abort()
 
 
 class ThreadReplica(SharedHandle):
@@ -70,10 +82,7 @@ class ThreadReplica(SharedHandle):
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return the communicator of the part that holds this rank."""
         part = tuple(part_of(self.rank, partition))
-        with self._room.lock:
-            timeout: float = self._room.barrier._timeout  # type: ignore[attr-defined]
-            room = self._room.children.setdefault(part, _Room(len(part), timeout))
-        return ThreadReplica(part.index(self.rank), room)
+        return ThreadReplica(part.index(self.rank), self._room.child(part))
 
 
 def run_threads(size: int, fn: Callable[[Communicator], T], *, timeout: float = 60.0) -> list[T]:

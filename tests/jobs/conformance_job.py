@@ -44,4 +44,5 @@ for ours, theirs in (
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 names = f" {sync._group._name}" if isinstance(comm, syncbn.comm.Horovod) else ""
-print(f"conformance: {type(comm).__name__} rank {comm.rank} of {comm.size}: {checks} checks passed{names}", flush=True)
+line = f"conformance: {type(comm).__name__} rank {comm.rank} of {comm.size}: {checks} checks passed{names}\n"
+sys.stdout.write(line)  # in one piece: the ranks share the pipe

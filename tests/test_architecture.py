@@ -1,0 +1,184 @@
+"""Imports run one way; optional packages are imported by one file each, inside functions."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import syncbn
+
+ROOT = Path(syncbn.__file__).parent
+
+# Each layer imports those before it, and none of its own; `syncbn` itself only gathers the names.
+LAYERS = [
+    {"errors"},
+    {"comm._protocol"},
+    {"comm._single", "comm._threads", "comm._distributed", "comm._mpi", "comm._horovod"},
+    {"comm._groups"},
+    {"comm"},
+    {"_statistics"},
+    {"_composed"},
+    {"functional"},
+    {"_layer"},
+    {"_convert", "_launcher", "_parallel"},
+    {""},
+]
+KNOWS_BATCH_NORM = {"_statistics", "_composed", "functional", "_layer", "_convert"}
+OPTIONAL = {"mpi4py": "comm._mpi", "horovod": "comm._horovod"}
+
+
+def sources():
+    """The package's modules, named relative to it: {"comm._mpi": source}."""
+    paths = {path: path.relative_to(ROOT).with_suffix("").parts for path in ROOT.rglob("*.py")}
+    return {
+        ".".join(parts).removesuffix("__init__").removesuffix("."): path.read_text() for path, parts in paths.items()
+    }
+
+
+SOURCES = sources()
+
+
+def imported(name, source, *, inside_functions=True):
+    """Full names of what a module imports: `from ._x import y` in syncbn.comm gives syncbn.comm._x.y."""
+    parts = ["syncbn", *filter(None, name.split("."))]
+    package = parts if ROOT.joinpath(*parts[1:]).is_dir() else parts[:-1]
+    for node in walk(ast.parse(source), inside_functions):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[: len(package) - node.level + 1] if node.level else []
+            yield from (".".join([*parent, *filter(None, [node.module]), alias.name]) for alias in node.names)
+
+
+def walk(node, inside_functions):
+    for child in ast.iter_child_nodes(node):
+        if inside_functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from walk(child, inside_functions)
+
+
+def own_imports(name, source):
+    """Modules of the package that a module imports: the longest known prefix of each name."""
+    for full in imported(name, source):
+        if full.split(".")[0] == "syncbn":
+            parts = full.split(".")[1:]
+            known = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+            yield next(module for module in known if module in SOURCES)
+
+
+def violations(name, source):
+    """What a module imports that is not below it."""
+    level = next(number for number, layer in enumerate(LAYERS) if name in layer)
+    below = set().union(*LAYERS[:level])
+    return {module for module in own_imports(name, source) if module not in below}
+
+
+def test_every_module_has_its_layer():
+    assert sorted(SOURCES) == sorted(set().union(*LAYERS))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_run_one_way(name):
+    assert not violations(name, SOURCES[name])
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("comm")])
+def test_comm_knows_nothing_of_batch_norm(name):
+    assert not KNOWS_BATCH_NORM & set(own_imports(name, SOURCES[name]))
+    assert not any(full.startswith("torch.nn") for full in imported(name, SOURCES[name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "found"),
+    [
+        ("comm._mpi", "from syncbn._layer import SyncBatchNorm", "_layer"),
+        ("comm._mpi", "from .._statistics import local_sums", "_statistics"),
+        ("comm._mpi", "from ._groups import resolve", "comm._groups"),
+        ("comm._mpi", "from . import _single", "comm._single"),
+        ("comm._mpi", "def f():\n    import syncbn.functional", "functional"),
+        ("_statistics", "from . import _layer", "_layer"),
+        ("functional", "import syncbn", ""),
+        ("comm", "if True:\n    from ..functional import sync_batch_norm", "functional"),
+    ],
+)
+def test_a_wrong_import_is_seen(name, source, found):
+    """Negative control of the tests above."""
+    assert violations(name, source) == {found}
+
+
+def optional_imports(name, source, *, inside_functions=True):
+    return {full.split(".")[0] for full in imported(name, source, inside_functions=inside_functions)} & set(OPTIONAL)
+
+
+@pytest.mark.parametrize("package", OPTIONAL)
+def test_one_file_imports_an_optional_package(package):
+    importers = {name for name, source in SOURCES.items() if package in optional_imports(name, source)}
+    assert importers == {OPTIONAL[package]}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_optional_packages_are_imported_inside_functions(name):
+    assert not optional_imports(name, SOURCES[name], inside_functions=False)
+
+
+@pytest.mark.parametrize(
+    "source", ["import mpi4py", "from mpi4py import MPI", "try:\n    import horovod.torch as hvd\nfinally: pass"]
+)
+def test_an_import_at_the_top_is_seen(source):
+    """Negative control of the test above."""
+    assert optional_imports("_launcher", source, inside_functions=False)
+    inside = "def f():\n" + "".join(f"    {line}\n" for line in source.splitlines())
+    assert not optional_imports("_launcher", inside, inside_functions=False)
+    assert optional_imports("_launcher", inside)
+
+
+def loaded_by(statement):
+    """Packages in sys.modules of a fresh interpreter."""
+    code = f"{statement}; import sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_import_syncbn_loads_no_optional_package():
+    loaded = loaded_by("import syncbn")
+    assert "torch" in loaded
+    assert not loaded & {"mpi4py", "horovod", "rich", "matplotlib", "sklearn", "tensorboard"}
+
+
+def test_a_loaded_package_is_seen():
+    """Negative control of the test above."""
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    assert "mpi4py" in loaded_by("import mpi4py")
+
+
+def test_public_modules():
+    """Every other file starts with an underscore."""
+    public = {name for name in SOURCES if not any(part.startswith("_") for part in name.split("."))}
+    assert public == {"", "comm", "errors", "functional"}
+
+
+PUBLIC = {
+    syncbn: [
+        "SyncBatchNorm",
+        "average_gradients",
+        "broadcast_parameters",
+        "convert_sync_batchnorm",
+        "global_mean",
+        "init",
+        "revert_sync_batchnorm",
+        "world",
+    ],
+    syncbn.functional: ["sync_batch_norm"],
+    syncbn.comm: ["MPI", "Communicator", "Horovod", "SingleProcess", "TorchDistributed", "run_threads"],
+}
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in PUBLIC.items() for name in names])
+def test_public_names_are_there_and_documented(module, name):
+    assert getattr(module, name).__doc__
+
+
+def test_every_error_has_the_root():
+    for name in syncbn.errors.__all__:
+        assert issubclass(getattr(syncbn.errors, name), syncbn.errors.SyncBatchNormError)
