@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
-import zlib
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from syncbn.errors import GroupError
 
 from ._distributed import TorchDistributed
 from ._horovod import Horovod
+from ._hosts import hosts
 from ._mpi import attached
 from ._protocol import Communicator, LostGroup, SharedHandle, Splittable
 from ._single import SingleProcess
@@ -122,8 +121,13 @@ def _part(spec: str | int) -> Communicator:
                 f"{type(whole).__name__} cannot be divided into groups: give it a split method, or pass a "
                 "communicator of the group itself"
             )
-        _parts[key] = whole.split(hosts(whole) if spec == "node" else consecutive(whole.size, int(spec)))
+        _parts[key] = whole.split(_nodes(whole) if spec == "node" else consecutive(whole.size, int(spec)))
     return _parts[key]
+
+
+def _nodes(comm: Communicator) -> list[list[int]]:
+    only_cuda = isinstance(comm, TorchDistributed) and not comm.takes(torch.device("cpu"))
+    return hosts(comm, device="cuda" if only_cuda else "cpu")
 
 
 def consecutive(size: int, per_group: int) -> list[list[int]]:
@@ -135,17 +139,6 @@ def consecutive(size: int, per_group: int) -> list[list[int]]:
     """
     ranks = list(range(size))
     return [ranks[start : start + per_group] for start in range(0, size, per_group)]
-
-
-def hosts(comm: Communicator) -> list[list[int]]:
-    """Divide the ranks of `comm` by host name, in the order of each host's first rank. One all-reduce of `size`."""
-    only_cuda = isinstance(comm, TorchDistributed) and not comm.takes(torch.device("cpu"))
-    names = torch.zeros(comm.size, dtype=torch.float64, device="cuda" if only_cuda else "cpu")
-    names[comm.rank] = zlib.crc32(socket.gethostname().encode())  # exact in float64
-    by_host: dict[float, list[int]] = {}
-    for rank, name in enumerate(comm.all_reduce(names).tolist()):
-        by_host.setdefault(name, []).append(rank)
-    return list(by_host.values())
 
 
 class Group:

@@ -1,0 +1,84 @@
+"""Which ranks share a host, and the sum in two levels that follows from it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+import zlib
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from syncbn.errors import BackendError
+
+from ._protocol import Communicator, SharedHandle
+from ._shared_memory import AVAILABLE, SharedMemory
+
+
+def hosts(comm: Communicator, *, device: str = "cpu", apart: bool = False) -> list[list[int]]:
+    """Divide the ranks of `comm` by host name, in the order of each host's first rank. One all-reduce of `size`.
+
+    Args:
+        comm: the ranks.
+        device: where its tensors must be.
+        apart: count this rank as a host of its own.
+    """
+    names = torch.zeros(comm.size, dtype=torch.float64, device=device)
+    names[comm.rank] = -1 - comm.rank if apart else zlib.crc32(socket.gethostname().encode())  # exact in float64
+    by_host: dict[float, list[int]] = {}
+    for rank, name in enumerate(comm.all_reduce(names).tolist()):
+        by_host.setdefault(name, []).append(rank)
+    return list(by_host.values())
+
+
+class TwoLevel(SharedHandle):
+    """Sum within each host, then between the hosts' first ranks, and hand the result back within each host."""
+
+    def __init__(self, over: Communicator, within: SharedMemory, between: Communicator | None) -> None:
+        self.rank = over.rank
+        self.size = over.size
+        self._within = within
+        self._between = between  # None on all but the first rank of each host
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Return the sum of `x` over all ranks of all hosts."""
+        x = self._within.all_reduce(x)
+        if self._between is None:
+            x.zero_()
+        else:
+            try:
+                x = self._between.all_reduce(x)
+            except BaseException:
+                self._within.give_up()
+                raise
+        # A sum with zeros: every rank gets the first rank's bits.
+        return self._within.sum(x, 2 * self._within.seconds)  # the first rank waits between the hosts, and knows more
+
+
+def by_hosts(plain: Communicator, between: Callable[[list[int]], Communicator], timeout: timedelta) -> Communicator:
+    """Return the fastest way to add CPU tensors over the ranks of `plain`, which is `plain` where no two share a host.
+
+    Collective over `plain`. `SYNCBN_SHARED_MEMORY=0`, or a missing compiled module, sets a rank apart: the ranks need
+    not agree on either. Where memory cannot be had, rank 0 warns and all ranks use `plain`.
+
+    Args:
+        plain: the backend's own communicator.
+        between: `between(ranks)` makes the communicator of these ranks, on them only.
+        timeout: of a wait in shared memory.
+    """
+    parts = hosts(plain, apart=not AVAILABLE or os.environ.get("SYNCBN_SHARED_MEMORY") == "0")
+    if len(parts) == plain.size:
+        return plain
+    try:
+        within = SharedMemory(plain, parts, timeout=timeout)
+    except BackendError as error:  # raised on all ranks or none
+        if plain.rank == 0:
+            warnings.warn(f"{error}; all_reduce of CPU tensors goes through sockets, slower", RuntimeWarning, 2)
+        return plain
+    if len(parts) == 1:
+        return within
+    first = [part[0] for part in parts]
+    return TwoLevel(plain, within, between(first) if plain.rank in first else None)
