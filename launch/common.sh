@@ -64,7 +64,7 @@ parse_job() {
 
 # Becomes the launcher, with the variables in the array `settings` added to the environment:  launch COMMAND ...
 launch() {
-  # Every process would else start a thread per core, or, under torchrun, only one. (nproc reads OMP_NUM_THREADS itself.)
+  # Every process would else start a thread for each core, or, under torchrun, only one.
   local threads=$(($(nproc) / procs))
   settings+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}")
   local job=(env "${settings[@]}" "$@" "${script[@]}")

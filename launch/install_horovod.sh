@@ -57,10 +57,10 @@ echo 'int main() {}' >"$work/empty.cc"
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/syncbn/torch-$torch_version
 pip=("$python" -m pip install --quiet --disable-pip-version-check --constraint "$root/constraints.txt")
 
-say "building Horovod for torch $torch_version in C++$standard with $cxx (about five minutes; seconds if pip has kept it)"
+say "building Horovod for torch $torch_version in C++$standard with $cxx (five minutes, or seconds if pip has kept it)"
 # The build runs in this environment, where torch is, so its tools have to be there too.
 "${pip[@]}" setuptools wheel packaging cffi cmake
-export PATH=${python%/*}:$PATH CXX=$work/c++ MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}
+export CXX=$work/c++ HOROVOD_CMAKE=${python%/*}/cmake MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}
 export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
 export HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1
 "${pip[@]}" --force-reinstall --no-deps --no-build-isolation --cache-dir "$cache" horovod

@@ -25,8 +25,7 @@ case $version in
     flags+=(--map-by :OVERSUBSCRIBE)
     ;;
   *HYDRA*)
-    # MPICH runs as root, and more ranks than cores, without being told. It reads the ranks' output through a pipe, where
-    # Python would keep lines back.
+    # MPICH needs neither of the two. It reads what the ranks print through a pipe, where Python keeps lines back.
     settings+=(PYTHONUNBUFFERED=1)
     ;;
   *) die "$mpirun is neither Open MPI nor MPICH: $remedy" ;;

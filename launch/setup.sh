@@ -2,8 +2,8 @@
 # Usage: launch/setup.sh [--dev]
 #
 # Makes the virtual environment .venv in the repository root, with the packages that constraints.txt pins and syncbn
-# itself, editable, for the examples, torchrun and mpirun. (Horovod: launch/install_horovod.sh.) Nothing else is touched.
-# Does nothing if .venv is complete.
+# itself, editable, for the examples, torchrun and mpirun. (Horovod: launch/install_horovod.sh.) Touches no other
+# environment. Does nothing if .venv is complete.
 #
 # Options:
 #   --dev     also what launch/test.sh needs

@@ -11,7 +11,8 @@ use_environment
 torchrun=$(tool torchrun "it comes with PyTorch: run launch/setup.sh, or activate an environment with torch")
 
 settings=(
-  # One store for rendezvous and workers makes restarts (--max-restarts) read the addresses of dead ranks: pytorch#167288.
+  # With one store for rendezvous and workers, ranks that are started again read the addresses of dead ones:
+  # pytorch#167288.
   TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   # Gloo would go by the address of the host's own name, which may be another host's or none. All ranks are on this one.
   # (NCCL looks at the interfaces, not at the name.)

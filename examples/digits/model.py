@@ -76,7 +76,7 @@ def targets_of(canvases: Sequence[Canvas], like: Tensor) -> Targets:
 
     grid = torch.arange(CELLS)
     square = (grid - column[:, None, None]) ** 2 + (grid[:, None] - row[:, None, None]) ** 2  # (K, CELLS, CELLS)
-    sigma = sizes.amax(1)[:, None, None] / 6  # the paper's choice, a third of the radius, from its code
+    sigma = sizes.amax(1)[:, None, None] / 6  # three sigma reach the edge of the box
     heatmap = torch.zeros(len(canvases), CLASSES, CELLS, CELLS, dtype=boxes.dtype)
     for place, gaussian in zip(zip(image, labels, strict=True), torch.exp(-square / (2 * sigma**2)), strict=True):
         heatmap[place] = torch.maximum(heatmap[place], gaussian)
