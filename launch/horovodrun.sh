@@ -15,7 +15,7 @@ python=$(tool python3 "$remedy")
 # Horovod's process sets forget the network interface and go by the host's own name: without this check, a segmentation
 # fault where the name resolves to nothing, an abort where it resolves to another host.
 "$python" -c 'import socket; socket.socket().bind((socket.gethostname(), 0))' 2>/dev/null ||
-  die "Horovod needs this host's name to resolve to an address of this host: add '127.0.1.1 $(hostname)' to /etc/hosts"
+  die "Horovod needs this host's name to resolve to an address of this host: add '127.0.1.1 $HOSTNAME' to /etc/hosts"
 
 settings=()
 # --gloo: a Horovod built with MPI would else start mpirun.
