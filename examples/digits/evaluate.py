@@ -20,7 +20,7 @@ Detections = NDArray[np.float64]  # (K, 6): left, top, right, bottom, score, cla
 
 
 def _decode(heatmap: Tensor, size: Tensor, offset: Tensor) -> Tensor:
-    """Returns (N, PER_IMAGE, 6): the best peaks of the heat maps as boxes in pixels (the paper's section 3.1)."""
+    """Return (N, PER_IMAGE, 6): the best peaks of the heat maps as boxes in pixels (the paper's section 3.1)."""
     scores = heatmap.sigmoid()
     scores = scores * (scores == F.max_pool2d(scores, 3, stride=1, padding=1))  # a peak tops its 8 neighbours
     score, index = scores.flatten(1).topk(PER_IMAGE)
@@ -37,7 +37,7 @@ def _decode(heatmap: Tensor, size: Tensor, offset: Tensor) -> Tensor:
 
 @torch.no_grad()
 def detect(model: Detector, canvases: Sequence[Canvas]) -> list[Detections]:
-    """Finds the digits in evaluation mode, in which no norm layer communicates: any one replica may call this."""
+    """Find the digits in evaluation mode, in which no norm layer communicates: any one replica may call this."""
     like = next(model.parameters())
     was_training = model.training
     model.eval()
@@ -68,7 +68,7 @@ def _ground_truth(canvases: Sequence[Canvas]) -> COCO:
 
 
 def average_precision(canvases: Sequence[Canvas], found: Sequence[Detections]) -> float:
-    """Returns the mean over the classes of COCO's average precision at IoU 0.5."""
+    """Return the mean over the classes of COCO's average precision at IoU 0.5."""
     rows = [
         np.column_stack([np.full(len(boxes), image), _with_sizes(boxes), boxes[:, 4:]])
         for image, boxes in enumerate(found)

@@ -23,13 +23,13 @@ def _block(inputs: int, outputs: int, stride: int, norm: bool) -> nn.Sequential:
 
 
 class Detector(nn.Module):
-    """Maps (N, 1, CANVAS, CANVAS) to heat map logits (N, 10, CELLS, CELLS) and sizes and offsets (N, 2, CELLS, CELLS).
+    """Map (N, 1, CANVAS, CANVAS) to heat map logits (N, 10, CELLS, CELLS) and sizes and offsets (N, 2, CELLS, CELLS).
 
     A heat map peaks at the cell that holds a digit's centre; there, size is the box's (width, height) and offset the
     centre's place within the cell (x, y), all in cells.
     """
 
-    def __init__(self, norm: bool = True, width: int = 32) -> None:
+    def __init__(self, norm: bool = True, width: int = 64) -> None:
         super().__init__()
         # A cell of the last block sees 7 + 5 * 8 = 47 pixels: the largest digit and some background.
         self.backbone = nn.Sequential(
@@ -62,12 +62,12 @@ class Targets:
 
 
 def images_of(canvases: Sequence[Canvas], like: Tensor) -> Tensor:
-    """Returns the pictures as (N, 1, CANVAS, CANVAS), with the dtype and device of `like`."""
+    """Return the pictures as (N, 1, CANVAS, CANVAS), with the dtype and device of `like`."""
     return torch.from_numpy(np.stack([canvas.image for canvas in canvases])).unsqueeze(1).to(like)
 
 
 def targets_of(canvases: Sequence[Canvas], like: Tensor) -> Targets:
-    """Returns what the detector should answer, with the dtype and device of `like`."""
+    """Return what the detector should answer, with the dtype and device of `like`."""
     boxes = torch.from_numpy(np.concatenate([canvas.boxes for canvas in canvases])) / STRIDE
     labels = torch.from_numpy(np.concatenate([canvas.labels for canvas in canvases]))
     image = torch.arange(len(canvases)).repeat_interleave(torch.tensor([len(canvas.labels) for canvas in canvases]))
@@ -76,7 +76,7 @@ def targets_of(canvases: Sequence[Canvas], like: Tensor) -> Targets:
 
     grid = torch.arange(CELLS)
     square = (grid - column[:, None, None]) ** 2 + (grid[:, None] - row[:, None, None]) ** 2  # (K, CELLS, CELLS)
-    sigma = sizes.amax(1)[:, None, None] / 6  # the paper's choice, a third of the radius, from its code
+    sigma = sizes.amax(1)[:, None, None] / 6  # three sigma reach the edge of the box
     heatmap = torch.zeros(len(canvases), CLASSES, CELLS, CELLS, dtype=boxes.dtype)
     for place, gaussian in zip(zip(image, labels, strict=True), torch.exp(-square / (2 * sigma**2)), strict=True):
         heatmap[place] = torch.maximum(heatmap[place], gaussian)
@@ -94,7 +94,7 @@ def _focal_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def summed_losses(predicted: tuple[Tensor, Tensor, Tensor], targets: Targets) -> Tensor:
-    """Returns (3,): heat map, size and offset loss, weighted, and summed (not averaged) over the digits."""
+    """Return (3,): heat map, size and offset loss, weighted, and summed (not averaged) over the digits."""
     heatmap, sizes, offsets = predicted
     image, row, column = targets.cells
     size_loss = F.l1_loss(sizes[image, :, row, column], targets.sizes, reduction="sum")

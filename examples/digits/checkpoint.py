@@ -1,0 +1,47 @@
+"""Files that are whole or absent, whenever the process is killed."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write beside `path` and rename at the end: a reader finds the old file or the new one, never a half."""
+    beside = path.with_name(path.name + ".part")
+    with beside.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())  # the bytes before the name, should the machine stop too
+    os.replace(beside, path)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    _write_atomically(path, lambda file: torch.save(state, file))
+
+
+def save_json(path: Path, content: object) -> None:
+    _write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint, or raise ValueError with the remedy."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path} to resume: check --output, or start afresh without --resume") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): start afresh without --resume") from error
+    return dict(state)
+
+
+def check_identity(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ValueError if the checkpoint belongs to another training than the one that was asked for."""
+    differing = [name for name in wanted if saved.get(name) != wanted[name]]
+    if differing:
+        found = ", ".join(f"{name} {saved.get(name)} (asked for: {wanted[name]})" for name in differing)
+        raise ValueError(f"the checkpoint was made with {found}: ask for the same, or start afresh without --resume")

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Usage: launch/setup.sh [--dev]
+#
+# Makes the virtual environment .venv in the repository root, with the packages that constraints.txt pins and syncbn
+# itself, editable, for the examples, torchrun and mpirun. (Horovod: launch/install_horovod.sh.) Touches no other
+# environment. Does nothing if .venv is complete.
+#
+# Options:
+#   --dev     also what launch/test.sh needs
+#   --help    this text
+#
+# PYTHON names the Python to use (3.10 or newer); else the first good one of python3, python3.14, ... python3.10.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+
+extras=examples,mpi
+case ${1-} in
+  '') ;;
+  --dev) extras=dev ;; # contains the other two
+  -h | --help) print_help && exit ;;
+  *) usage_error "unknown option $1" ;;
+esac
+cd "$root"
+stamp=.venv/complete
+
+usable_python() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+find_python() {
+  local python candidates=(python3 python3.{14..10})
+  [[ -z ${PYTHON-} ]] || candidates=("$PYTHON")
+  for python in "${candidates[@]}"; do
+    if usable_python "$python"; then
+      command -v "$python"
+      return
+    fi
+  done
+  die "none of ${candidates[*]} is Python 3.10 or newer with venv:" \
+    "on Debian and Ubuntu apt install python3-venv, or set PYTHON to the path of such a Python"
+}
+
+# What a complete .venv was made from; the path is part of it, as an environment cannot be moved.
+key=$({ pwd && cat pyproject.toml constraints.txt; } | sha256sum | cut -c1-64)
+if [[ -f $stamp ]] && .venv/bin/python -c '' 2>/dev/null; then
+  read -r old_key old_extras <"$stamp"
+  if [[ $old_key == "$key" && ($old_extras == "$extras" || $old_extras == dev) ]]; then
+    say ".venv is complete"
+    exit
+  fi
+  [[ $old_extras != dev ]] || extras=dev # what was asked for once stays up to date
+  say "updating .venv"
+else
+  # No stamp: an installation was broken off, and pip cannot tell what is whole.
+  python=$(find_python)
+  say "making .venv with $python ($("$python" --version))"
+  "$python" -m venv --clear .venv
+fi
+rm -f "$stamp"
+
+say "installing syncbn[$extras] and the packages of constraints.txt (a few minutes, most of it PyTorch)"
+# These two reach the environment of the build as well. Paths are relative: pip splits the value at spaces.
+export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+echo "$key $extras" >"$stamp"
+say "done: . .venv/bin/activate, or start jobs with launch/torchrun.sh and launch/mpirun.sh"
