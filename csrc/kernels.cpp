@@ -1,3 +1,215 @@
+// The four kernels: coefficients per channel, partition over threads, choice of instruction set. The work on values is
+// in loops.cpp. Arguments are raw addresses that the caller has checked: see syncbn/kernels/_cpu.py.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
-void bind_kernels(nanobind::module_ &) {}
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "loops.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// Those of this processor, best first.
+std::vector<std::pair<std::string, const Loops *>> supported() {
+    return {
+#ifdef SYNCBN_X86
+        {"avx512", __builtin_cpu_supports("x86-64-v4") ? avx512::loops : nullptr},
+        {"avx2", __builtin_cpu_supports("x86-64-v3") ? avx2::loops : nullptr},
+#endif
+        {"portable", portable::loops},
+    };
+}
+
+const Loops *loops = nullptr;
+
+void use_instruction_set(const std::string &wanted) {
+    for (const auto &[name, of] : supported())
+        if (of && (wanted.empty() || name == wanted)) {
+            loops = of;
+            return;
+        }
+    throw std::invalid_argument("name: expected one of instruction_sets(), got " + wanted);
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const auto &[name, of] : supported())
+        if (of) names.push_back(name);
+    return names;
+}
+
+// Part of a dense tensor: planes (N, C, S), or rows (M, columns, 1).
+struct View {
+    int64_t rows, columns, inner, offset;
+
+    int64_t values() const { return rows * columns * inner; }
+    int64_t run() const { return inner > 1 ? inner : columns; }  // values in a plane or row
+    int64_t units() const { return inner > 1 ? rows * columns * blocks_per_plane(inner) : rows; }
+};
+
+// How a dense (N, C, S) is read. Small planes are read as rows of C·S columns, and of narrow rows several as one wide
+// row: whole vectors, whatever C and S are. Column j holds values of channel j / spread % C.
+struct Plan {
+    int64_t channels, spread = 1;
+    int64_t stride = 0;  // of arrays with a value per column: whole vectors of any type
+    std::vector<View> views;
+
+    Plan(int64_t N, int64_t C, int64_t S) : channels(C) {
+        const int64_t columns = C * S;
+        if (S > SMALL || (S > 1 && N < 8)) {
+            views = {{N, C, S, 0}};
+        } else if (columns > 0) {
+            spread = S;
+            int64_t fold = 1;
+            while (columns * fold < 64 || (columns * fold % 16 && columns < 512)) fold *= 2;
+            const int64_t left = N % fold;
+            views = {{N / fold, columns * fold, 1, 0}, {left, columns, 1, (N - left) * columns}};
+        }
+        for (const View &view : views) stride = std::max(stride, (view.columns + 15) / 16 * 16);
+    }
+    static constexpr int64_t SMALL = 64;
+};
+
+// Below this many values a thread is not worth waking; from that many bytes on the caches do not hold the result.
+constexpr int64_t GRAIN = 1 << 15, UNCACHED = 12 << 20;
+
+struct Tensors {
+    int dtype, threads;
+    Plan plan;
+    uintptr_t x, dy, out;
+
+    int64_t size() const { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
+
+    // Run `loop` over a view in `slices` ranges. Slice k adds to sums[k].
+    void run(Loop loop, const View &view, int64_t slices, const void *coefficients, double *sums = nullptr) const {
+        const int64_t offset = view.offset * size(), units = view.units();
+        const bool aligned = (out + offset) % LARGEST_VECTOR == 0 && view.run() * size() % LARGEST_VECTOR == 0;
+        const bool streaming = aligned && view.values() * size() >= UNCACHED;
+        [[maybe_unused]] const int team = int(std::min<int64_t>(threads, slices));
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+        for (int64_t k = 0; k < slices; k++)
+            loop({(const void *)(x + offset), (const void *)(dy + offset), (void *)(out + offset), coefficients,
+                  sums + k * 2 * plan.stride, plan.stride, view.columns, view.inner, units * k / slices,
+                  units * (k + 1) / slices, streaming});
+    }
+
+    void elementwise(Loop loop, const void *coefficients) const {
+        for (const View &view : plan.views)
+            run(loop, view, std::min<int64_t>(threads, 1 + view.values() / GRAIN), coefficients);
+    }
+
+    // Into to (2C,). The slices depend on the shape alone and are added in order: any number of threads, the same bits.
+    void sum(Loop loop, const void *coefficients, double *to) const {
+        std::fill_n(to, 2 * plan.channels, 0.0);
+        for (const View &view : plan.views) {
+            const int64_t stride = plan.stride;
+            const int64_t slices = std::clamp<int64_t>(view.values() / std::max(GRAIN, 32 * stride), 1, 64);
+            std::vector<double> sums(slices * 2 * stride);
+            run(loop, view, slices, coefficients, sums.data());
+            for (int64_t k = 1; k < slices; k++)
+                for (int64_t j = 0; j < 2 * stride; j++) sums[j] += sums[k * 2 * stride + j];
+            for (int which = 0; which < 2; which++)  // Σx, Σx²
+                for (int64_t j = 0; j < view.columns; j += plan.spread) {
+                    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+                    for (int64_t s = 0; s < plan.spread; s++) sum += sums[which * stride + j + s];
+                    to[which * plan.channels + j / plan.spread % plan.channels] += sum;
+                }
+        }
+    }
+
+    double rounded(double value) const { return dtype == FLOAT64 ? value : float(value); }
+
+    // Arrays of coefficients in the compute type, one value per column: of(c, values) sets those of channel c.
+    template <class Of>
+    std::vector<char> coefficients(int kinds, Of of) const {
+        return dtype == FLOAT64 ? coefficients_in<double>(kinds, of) : coefficients_in<float>(kinds, of);
+    }
+
+    template <class A, class Of>
+    std::vector<char> coefficients_in(int kinds, Of of) const {
+        std::vector<char> bytes(kinds * plan.stride * sizeof(A));
+        A *arrays = (A *)bytes.data();
+        const int64_t period = plan.channels * plan.spread;
+        for (int64_t c = 0; c < plan.channels && plan.stride; c++) {
+            double values[COEFFICIENTS];
+            of(c, values);
+            for (int k = 0; k < kinds; k++)
+                std::fill_n(arrays + k * plan.stride + c * plan.spread, plan.spread, A(values[k]));
+        }
+        for (int k = 0; k < kinds; k++, arrays += plan.stride)
+            for (int64_t j = period; j < plan.stride; j++) arrays[j] = arrays[j - period];
+        return bytes;
+    }
+};
+
+// weight or bias: an address and float32 or float64, or no address.
+double parameter(uintptr_t at, int dtype, int64_t c, double absent) {
+    if (!at) return absent;
+    return dtype == FLOAT64 ? ((const double *)at)[c] : ((const float *)at)[c];
+}
+
+void moments(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t x, uintptr_t sums) {
+    const Tensors t{dtype, threads, Plan(N, C, S), x, 0, 0};
+    t.sum(loops[dtype].moments, nullptr, (double *)sums);
+}
+
+// y = scale·(x - p) + shift with p next to the mean: nothing cancels.
+void normalize(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t x, uintptr_t y, uintptr_t mean,
+               uintptr_t invstd, uintptr_t weight, int weight_dtype, uintptr_t bias, int bias_dtype) {
+    const Tensors t{dtype, threads, Plan(N, C, S), x, 0, y};
+    const auto coefficients = t.coefficients(3, [&](int64_t c, double *k) {
+        const double mu = ((const double *)mean)[c];
+        k[PIVOT] = t.rounded(mu);
+        k[SCALE] = parameter(weight, weight_dtype, c, 1) * ((const double *)invstd)[c];
+        k[SHIFT] = (k[PIVOT] - mu) * k[SCALE] + parameter(bias, bias_dtype, c, 0);
+    });
+    t.elementwise(loops[dtype].normalize, coefficients.data());
+}
+
+void backward_sums(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t dy, uintptr_t x, uintptr_t mean,
+                   uintptr_t invstd, uintptr_t sums) {
+    const Tensors t{dtype, threads, Plan(N, C, S), x, dy, 0};
+    const double *mu = (const double *)mean;
+    const auto coefficients = t.coefficients(1, [&](int64_t c, double *k) { k[PIVOT] = mu[c]; });
+    double *t1 = (double *)sums, *t2 = t1 + C;
+    t.sum(loops[dtype].backward_sums, coefficients.data(), t1);
+    for (int64_t c = 0; c < C; c++) t2[c] = (t2[c] + (t.rounded(mu[c]) - mu[c]) * t1[c]) * ((const double *)invstd)[c];
+}
+
+// dx = dy_scale·(dy - q) + scale·(x - p) + shift with q next to the mean of dy: nothing cancels.
+void backward_input(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t dy, uintptr_t x, uintptr_t dx,
+                    uintptr_t mean, uintptr_t invstd, uintptr_t weight, int weight_dtype, uintptr_t sums,
+                    uintptr_t count) {
+    const Tensors t{dtype, threads, Plan(N, C, S), x, dy, dx};
+    const double *t1 = (const double *)sums, *t2 = t1 + C;
+    const double n = *(const double *)count;
+    const auto coefficients = t.coefficients(5, [&](int64_t c, double *k) {
+        const double mu = ((const double *)mean)[c], scale = ((const double *)invstd)[c];
+        k[PIVOT] = t.rounded(mu);
+        k[DY_PIVOT] = t.rounded(t1[c] / n);
+        k[DY_SCALE] = parameter(weight, weight_dtype, c, 1) * scale;
+        k[SCALE] = -k[DY_SCALE] * scale * t2[c] / n;
+        k[SHIFT] = (k[PIVOT] - mu) * k[SCALE] + (k[DY_PIVOT] - t1[c] / n) * k[DY_SCALE];
+    });
+    t.elementwise(loops[dtype].backward_input, coefficients.data());
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_ &module) {
+    use_instruction_set("");
+    const auto without_gil = nb::call_guard<nb::gil_scoped_release>();
+    module.def("moments", moments, without_gil);
+    module.def("normalize", normalize, without_gil);
+    module.def("backward_sums", backward_sums, without_gil);
+    module.def("backward_input", backward_input, without_gil);
+    module.def("instruction_sets", instruction_sets, "Those of this processor, best first; the first is in use.");
+    module.def("use_instruction_set", use_instruction_set, nb::arg("name"), "Use another one, for tests.");
+}
