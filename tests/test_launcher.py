@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
+from conftest import run_job
 
 import syncbn
 from syncbn._launcher import Launch, _default_backend, _first_host, _meeting_point, detect
 from syncbn.comm import SingleProcess
-from syncbn.errors import LaunchError
+from syncbn.errors import BackendError, LaunchError
 
 # What each launcher sets, as recorded here; of the variables that matter.
 TORCHRUN = {
@@ -125,6 +127,24 @@ def test_an_unknown_backend_is_refused() -> None:
         syncbn.init("ncll")
 
 
+@pytest.mark.parametrize(("package", "remedy"), [("mpi4py", "syncbn[mpi]"), ("horovod", "install_horovod.sh")])
+def test_a_missing_package_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, package: str, remedy: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "horovod.torch", None)
+    with pytest.raises(BackendError, match=re.escape(remedy)):
+        syncbn.init({"mpi4py": "mpi", "horovod": "horovod"}[package])
+    assert isinstance(syncbn.world(), SingleProcess)
+
+
+@pytest.mark.timeout(60)
+def test_too_low_a_thread_level_of_mpi_is_refused() -> None:
+    code = "import mpi4py; mpi4py.rc.thread_level = 'single'; import syncbn; syncbn.init('mpi')"
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    job = run_job([sys.executable, "-c", code], seconds=50, env=root)
+    assert job.returncode != 0
+    assert "thread level 0, syncbn needs MPI_THREAD_SERIALIZED" in job.stdout
+
+
 JOB = """
 import sys, syncbn, torch
 comm = syncbn.init(**{kwargs})
@@ -177,8 +197,6 @@ def test_a_peer_that_left_is_an_error_not_a_hang(launch, tmp_path) -> None:
 @pytest.mark.timeout(90)
 def test_plain_python_under_mpirun_takes_the_job_down(tmp_path) -> None:
     """Without `python -m mpi4py`, too."""
-    from conftest import run_job
-
     end = "if comm.rank == 1: raise ArithmeticError('rank 1 is ill')\nlayer(torch.randn(4, 2))"
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     job = run_job(["mpirun", "-n", "2", "python", str(script(tmp_path, end))], seconds=60, env=root)
@@ -189,10 +207,6 @@ def test_plain_python_under_mpirun_takes_the_job_down(tmp_path) -> None:
 @pytest.mark.timeout(60)
 def test_a_backend_by_name_makes_a_world_of_one(tmp_path) -> None:
     """DDP needs a process group, also when the script is started alone."""
-    import sys
-
-    from conftest import run_job
-
     job = run_job([sys.executable, str(script(tmp_path, kwargs="dict(backend='gloo')"))], seconds=50)
     assert job.returncode == 0, job.stdout
     assert "TorchDistributed 0 1 True" in job.stdout

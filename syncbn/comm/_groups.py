@@ -69,8 +69,8 @@ def check_spec(spec: ProcessGroup) -> None:
 def _is_known(spec: ProcessGroup) -> bool:
     return (
         spec is None
+        or _package(spec) in ("mpi4py", "horovod")  # before Communicator: asking COMM_NULL for its rank is an error
         or isinstance(spec, (str, int, LostGroup, dist.ProcessGroup, Communicator))
-        or _package(spec) in ("mpi4py", "horovod")
     )
 
 

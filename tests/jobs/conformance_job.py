@@ -43,6 +43,36 @@ for ours, theirs in (
 ):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
+# Native handles: of everybody, of the first two ranks, and of nobody here.
+native, outside = [], []
+if isinstance(comm, syncbn.comm.MPI):
+    from mpi4py import MPI
+
+    native = [MPI.COMM_WORLD, MPI.COMM_WORLD.Split(comm.rank < 2)]
+    outside = [MPI.COMM_NULL]
+elif isinstance(comm, syncbn.comm.Horovod):
+    import horovod.torch as hvd
+
+    pair = hvd.global_process_set if comm.size < 3 else resolve(2).process_set
+    native = [hvd.global_process_set, pair]
+    outside = [hvd.ProcessSet([0])]  # not registered
+else:
+    import torch.distributed as dist
+
+    pair = dist.new_group([0, 1])
+    native = [dist.group.WORLD, *([pair] if comm.rank < 2 else [])]
+    outside = [] if comm.rank < 2 else [pair]
+for handle in native:
+    assert resolve(handle).size in (comm.size, min(2, comm.size), comm.size - 2)
+    conformance(resolve(handle))
+for handle in outside:
+    try:
+        syncbn.SyncBatchNorm(3, process_group=handle)(torch.randn(4, 3))
+    except syncbn.errors.GroupError:
+        continue
+    raise AssertionError(f"{handle} was taken for a group")
+
+comm.all_reduce(torch.zeros(1))  # a rank of Horovod that ends ends the others' collectives, too
 names = f" {sync._group._name}" if isinstance(comm, syncbn.comm.Horovod) else ""
 line = f"conformance: {type(comm).__name__} rank {comm.rank} of {comm.size}: {checks} checks passed{names}\n"
 sys.stdout.write(line)  # in one piece: the ranks share the pipe
