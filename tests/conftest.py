@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+collect_ignore = ["jobs"]  # scripts: --doctest-modules would import, and so run, them
 ROOT = Path(__file__).parents[1]
 COLLECTIVE_SECONDS = 20  # a rank waits so long for its peers
 TASK_SECONDS = 45  # the pool is killed after that
