@@ -25,6 +25,25 @@ COLLECTIVE_SECONDS = 20  # a rank waits so long for its peers
 TASK_SECONDS = 45  # the pool is killed after that
 
 
+BOTH_PATHS = {"test_equivalence", "test_extreme", "test_collectives", "test_autograd", "test_precision"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run these modules over the compiled kernels and over the composed definition."""
+    if metafunc.module.__name__.rpartition(".")[2] in BOTH_PATHS:
+        metafunc.parametrize("path", ["fused", "composed"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Force the composed path where the parameter says so; else it is what the installation offers."""
+    choice = getattr(request, "param", None)
+    if choice == "composed":
+        monkeypatch.setenv("SYNCBN_KERNELS", "composed")
+    elif choice == "fused":
+        pytest.importorskip("syncbn._native", reason="syncbn was installed without its compiled kernels")
+
+
 def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
     """One rank of the pool: run what comes through the pipe until it closes."""
     torch.set_num_threads(1)

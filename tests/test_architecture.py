@@ -15,17 +15,28 @@ ROOT = Path(syncbn.__file__).parent
 LAYERS = [
     {"errors"},
     {"comm._protocol"},
-    {"comm._single", "comm._threads", "comm._distributed", "comm._mpi", "comm._horovod"},
+    {"comm._single", "comm._threads", "comm._shared_memory", "comm._mpi", "comm._horovod"},
+    {"comm._hosts"},
+    {"comm._distributed"},
     {"comm._groups"},
     {"comm"},
+    {"kernels._protocol"},
+    {"kernels._cpu", "kernels._cuda"},
+    {"kernels._select"},
+    {"kernels"},
     {"_statistics"},
     {"_composed"},
+    {"_fused"},
     {"functional"},
     {"_layer"},
     {"_convert", "_launcher", "_parallel"},
     {""},
+    {"cli._measure", "cli._report"},
+    {"cli._bench"},
+    {"cli"},
+    {"__main__"},
 ]
-KNOWS_BATCH_NORM = {"_statistics", "_composed", "functional", "_layer", "_convert"}
+KNOWS_BATCH_NORM = {"_statistics", "_composed", "_fused", "functional", "_layer", "_convert"}
 OPTIONAL = {"mpi4py": "comm._mpi", "horovod": "comm._horovod"}
 
 
@@ -62,8 +73,8 @@ def walk(node, inside_functions):
 def own_imports(name, source):
     """Modules of the package that a module imports: the longest known prefix of each name."""
     for full in imported(name, source):
-        if full.split(".")[0] == "syncbn":
-            parts = full.split(".")[1:]
+        parts = full.split(".")[1:]
+        if full.split(".")[0] == "syncbn" and parts[:1] != ["_native"]:  # compiled: imports nothing
             known = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
             yield next(module for module in known if module in SOURCES)
 
@@ -88,6 +99,12 @@ def test_imports_run_one_way(name):
 def test_comm_knows_nothing_of_batch_norm(name):
     assert not KNOWS_BATCH_NORM & set(own_imports(name, SOURCES[name]))
     assert not any(full.startswith("torch.nn") for full in imported(name, SOURCES[name]))
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith(("comm", "kernels"))])
+def test_comm_and_kernels_do_not_know_each_other(name):
+    other = {"comm": "kernels", "kernels": "comm"}[name.partition(".")[0]]
+    assert not {module for module in own_imports(name, SOURCES[name]) if module.partition(".")[0] == other}
 
 
 @pytest.mark.parametrize(
@@ -153,9 +170,9 @@ def test_a_loaded_package_is_seen():
 
 
 def test_public_modules():
-    """Every other file starts with an underscore."""
+    """Every other file starts with an underscore; the packages `kernels` and `cli` gather private files."""
     public = {name for name in SOURCES if not any(part.startswith("_") for part in name.split("."))}
-    assert public == {"", "comm", "errors", "functional"}
+    assert public == {"", "comm", "errors", "functional", "kernels", "cli"}
 
 
 PUBLIC = {
@@ -170,7 +187,7 @@ PUBLIC = {
         "world",
     ],
     syncbn.functional: ["sync_batch_norm"],
-    syncbn.comm: ["MPI", "Communicator", "Horovod", "SingleProcess", "TorchDistributed", "run_threads"],
+    syncbn.comm: ["MPI", "Communicator", "Horovod", "SharedMemory", "SingleProcess", "TorchDistributed", "run_threads"],
 }
 
 
