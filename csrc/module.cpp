@@ -3,9 +3,11 @@
 
 void bind_kernels(nanobind::module_ &module);
 void bind_shared_memory(nanobind::module_ &module);
+void bind_statistics(nanobind::module_ &module);
 
 NB_MODULE(_native, module) {
-    module.doc() = "CPU kernels and the shared-memory all-reduce of syncbn, over raw pointers.";
+    module.doc() = "CPU kernels, statistics and the shared-memory all-reduce of syncbn, over raw pointers.";
     bind_kernels(module);
     bind_shared_memory(module);
+    bind_statistics(module);
 }

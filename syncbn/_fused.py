@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _composed
 from ._composed import Normalized
-from ._statistics import mean_and_variance
+from ._statistics import statistics
 from .comm import Communicator
 from .kernels import Kernels
 
@@ -39,9 +39,8 @@ class _SyncBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         count = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)
         total = comm.all_reduce(torch.cat([kernels.moments(x), count]))
-        sums, count = total[:-1], total[-1:]
-        mean, variance = mean_and_variance(sums, count)
-        invstd = torch.rsqrt(variance + eps)
+        mean, variance, invstd = statistics(total, eps)
+        count = total[-1:]
         y = kernels.normalize(x, mean, invstd, weight, bias)
         ctx.save_for_backward(x, weight, bias, mean, invstd, count)
         ctx.eps, ctx.comm, ctx.kernels = eps, comm, kernels
