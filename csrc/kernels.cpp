@@ -77,7 +77,7 @@ struct Plan {
 };
 
 // Below this many values a thread is not worth waking; from that many bytes on the caches do not hold the result.
-constexpr int64_t GRAIN = 1 << 15, UNCACHED = 12 << 20;
+constexpr int64_t GRAIN = 1 << 15, UNCACHED = 1 << 24;
 
 struct Tensors {
     int dtype, threads;

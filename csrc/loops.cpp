@@ -8,11 +8,7 @@
 namespace {
 
 template <class T>
-using Compute = typename Element<T>::Compute;
-template <class T>
 using VectorFor = Vector<Compute<T>>;
-template <class T>
-constexpr int WIDTH = LANES<Compute<T>>;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -33,12 +29,18 @@ inline INLINE void for_rows(int64_t first, int64_t count, Run run) {
     if constexpr (R > 1) for_rows<R / 2>(first + stride * R, count - stride * R, run);
 }
 
-// Add to sums[0] and sums[apart], lane by lane, the sums of R vectors of n values that lie `stride` apart.
+// Sums lane by lane: Σx and Σx², or Σdy and Σdy·(x - p).
+template <class A>
+struct Sums {
+    Double s1[PARTS<A>] = {}, s2[PARTS<A>] = {};
+};
+
+// Add the sums of R vectors of n values that lie `stride` apart. Lanes from n on add zero.
 //
-// In the forward they are about a pivot p of their own: Σx = Σd + R·p, Σx² = Σd² + 2p·Σd + R·p² for d = x - p; what is
-// large is added in double. Lanes from n on add zero.
+// In the forward they are taken about a pivot p of their own: Σx = Σd + R·p, Σx² = Σd² + 2p·Σd + R·p² for d = x - p; what
+// is large is added in double.
 template <class T, bool Backward, int R>
-inline INLINE void sum(const T *x, const T *dy, int64_t stride, int64_t n, VectorFor<T> p, double *sums, int64_t apart) {
+inline INLINE void add(Sums<Compute<T>> &sums, const T *x, const T *dy, int64_t stride, int64_t n, VectorFor<T> p) {
     using A = Compute<T>;
     Vector<A> d[R], s1 = {}, s2 = {};
     for (int r = 0; r < R; r++) d[r] = read(x + r * stride, n);
@@ -55,34 +57,31 @@ inline INLINE void sum(const T *x, const T *dy, int64_t stride, int64_t n, Vecto
         s2 += u * d[r];
     }
     for (int k = 0; k < PARTS<A>; k++) {
-        double *to1 = sums + k * LANES<double>, *to2 = to1 + apart;
-        Double t1 = part<A>(s1, k), t2 = part<A>(s2, k);
-        if constexpr (!Backward) {
-            const Double q = part<A>(p, k), rq = R * q;
-            t2 += q * (2 * t1 + rq);
-            t1 += rq;
-        }
-        t1 += load<Double>(to1), t2 += load<Double>(to2);
-        std::memcpy(to1, &t1, sizeof(t1));
-        std::memcpy(to2, &t2, sizeof(t2));
+        const Double t1 = part<A>(s1, k), t2 = part<A>(s2, k), q = part<A>(p, k);
+        sums.s1[k] += Backward ? t1 : t1 + R * q;
+        sums.s2[k] += Backward ? t2 : t2 + q * (2 * t1 + R * q);
     }
 }
 
-// The same for consecutive values of one channel.
+// The same for consecutive values.
 template <class T, bool Backward, int R>
-inline INLINE void sum_values(const T *x, const T *dy, int64_t size, VectorFor<T> p, double *lanes) {
+inline INLINE void add_run(Sums<Compute<T>> &sums, const T *x, const T *dy, int64_t size, VectorFor<T> p) {
     constexpr int W = WIDTH<T>;
     int64_t i = 0;
-    for (; i + R * W <= size; i += R * W) sum<T, Backward, R>(x + i, dy + i, W, W, p, lanes, W);
+    for (; i + R * W <= size; i += R * W) add<T, Backward, R>(sums, x + i, dy + i, W, W, p);
     if constexpr (R > 1)
-        sum_values<T, Backward, R / 2>(x + i, dy + i, size - i, p, lanes);
+        add_run<T, Backward, R / 2>(sums, x + i, dy + i, size - i, p);
     else if (i < size)
-        sum<T, Backward, 1>(x + i, dy + i, W, size - i, p, lanes, W);
+        add<T, Backward, 1>(sums, x + i, dy + i, W, size - i, p);
 }
 
-template <int W>
-inline INLINE double total(double *lanes) {
-    for (int half = W / 2; half; half /= 2)
+template <int PARTS>
+inline INLINE double total(const Double *parts) {
+    Double sum = parts[0];
+    for (int k = 1; k < PARTS; k++) sum += parts[k];
+    double lanes[LANES<double>];
+    std::memcpy(lanes, &sum, sizeof(sum));
+    for (int half = LANES<double> / 2; half; half /= 2)
         for (int i = 0; i < half; i++) lanes[i] += lanes[half + i];
     return lanes[0];
 }
@@ -101,23 +100,30 @@ inline INLINE void for_blocks(const Job &job, Plane plane) {
 
 template <class T, bool Backward>
 void sums(const Job &job) {
-    constexpr int W = WIDTH<T>;
-    using V = VectorFor<T>;
+    using A = Compute<T>;
+    using V = Vector<A>;
+    constexpr int W = WIDTH<T>, P = PARTS<A>;
     const T *x = (const T *)job.x, *dy = (const T *)job.dy;
-    const Compute<T> *pivot = (const Compute<T> *)job.coefficients;
-    const int64_t C = job.channels;
+    const A *pivot = (const A *)job.coefficients;
+    double *const s1 = job.sums, *const s2 = job.sums + job.stride;
     if (job.inner > 1)
         for_blocks(job, [&](int64_t c, int64_t at, int64_t size) {
-            double lanes[2 * W] = {};
-            sum_values<T, Backward, 16>(x + at, dy + at, size, Backward ? V{} + pivot[c] : V{}, lanes);
-            job.sums[c] += total<W>(lanes);
-            job.sums[job.stride + c] += total<W>(lanes + W);
+            Sums<A> sums;
+            add_run<T, Backward, 16>(sums, x + at, dy + at, size, Backward ? V{} + pivot[c] : V{});
+            s1[c] += total<P>(sums.s1);
+            s2[c] += total<P>(sums.s2);
         });
     else
         for_rows<Backward ? 4 : 8>(job.begin, job.end - job.begin, [&](auto R, int64_t row, int64_t stride) {
+            const int64_t C = job.channels;
             for_vectors<W>(C, [&](int64_t c, int64_t n) INLINE {
-                const V p = Backward ? load<V>(pivot + c) : V{};
-                sum<T, Backward, R>(x + row * C + c, dy + row * C + c, stride * C, n, p, job.sums + c, job.stride);
+                Sums<A> sums;
+                std::memcpy(sums.s1, s1 + c, sizeof(sums.s1));
+                std::memcpy(sums.s2, s2 + c, sizeof(sums.s2));
+                const T *from = x + row * C + c, *dy_from = dy + row * C + c;
+                add<T, Backward, R>(sums, from, dy_from, stride * C, n, Backward ? load<V>(pivot + c) : V{});
+                std::memcpy(s1 + c, sums.s1, sizeof(sums.s1));
+                std::memcpy(s2 + c, sums.s2, sizeof(sums.s2));
             });
         });
 }

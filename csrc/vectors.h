@@ -67,44 +67,45 @@ struct float16 {
     uint16_t bits;
 };
 
-// Compute: the type of the arithmetic. widen: a vector of it from memory; narrow: what is stored of it.
+// Compute: the type of the arithmetic. Stored: a vector as it lies in memory.
 template <class T>
 struct Element {
     using Compute = T;
-    static INLINE Vector<T> widen(const void *from) { return load<Vector<T>>(from); }
-    static INLINE Vector<T> narrow(Vector<T> v) { return v; }
+    using Stored = Vector<T>;
+    static INLINE Vector<T> widen(Stored v) { return v; }
+    static INLINE Stored narrow(Vector<T> v) { return v; }
 };
 
 template <>
 struct Element<bfloat16> {
     using Compute = float;
-    static INLINE Float widen(const void *from) {
-        return bit_cast<Float>(__builtin_convertvector(load<HalfBits>(from), Bits) << 16);
-    }
-    static INLINE HalfBits narrow(Float v) {
+    using Stored = HalfBits;
+    static INLINE Float widen(Stored v) { return bit_cast<Float>(__builtin_convertvector(v, Bits) << 16); }
+    static INLINE Stored narrow(Float v) {
         const Bits bits = bit_cast<Bits>(v);
         const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even; overflows to infinity
-        return __builtin_convertvector(v != v ? (bits >> 16) | 0x40 : rounded, HalfBits);  // NaN stays NaN
+        return __builtin_convertvector(v != v ? (bits >> 16) | 0x40 : rounded, Stored);  // NaN stays NaN
     }
 };
 
 template <>
 struct Element<float16> {
     using Compute = float;
+    using Stored = HalfBits;
 #if defined(__AVX512F__)
-    static INLINE Float widen(const void *from) { return _mm512_cvtph_ps(load<__m256i>(from)); }
-    static INLINE __m256i narrow(Float v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+    static INLINE Float widen(Stored v) { return _mm512_cvtph_ps((__m256i)v); }
+    static INLINE Stored narrow(Float v) { return (Stored)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 #elif defined(__AVX2__) && defined(__F16C__)
-    static INLINE Float widen(const void *from) { return _mm256_cvtph_ps(load<__m128i>(from)); }
-    static INLINE __m128i narrow(Float v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+    static INLINE Float widen(Stored v) { return _mm256_cvtph_ps((__m128i)v); }
+    static INLINE Stored narrow(Float v) { return (Stored)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 #else
-    static INLINE Float widen(const void *from) {
-        const Bits half = __builtin_convertvector(load<HalfBits>(from), Bits), magnitude = half & 0x7fff;
+    static INLINE Float widen(Stored v) {
+        const Bits half = __builtin_convertvector(v, Bits), magnitude = half & 0x7fff;
         // As float bits the exponent is 2^112 too small; this way subnormals come out right without a branch.
         const Bits scaled = bit_cast<Bits>(bit_cast<Float>(magnitude << 13) * 0x1p112f);
         return bit_cast<Float>(((half & 0x8000) << 16) | (magnitude >= 0x7c00 ? scaled | 0x7f800000 : scaled));
     }
-    static INLINE HalfBits narrow(Float v) {
+    static INLINE Stored narrow(Float v) {
         const Bits bits = bit_cast<Bits>(v), magnitude = bits & 0x7fffffff;
         const Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
         // Plus 1/2 the last bit of a float is worth 2^-24, the smallest half: the processor has rounded.
@@ -112,19 +113,32 @@ struct Element<float16> {
         Bits half = magnitude < (113u << 23) ? subnormal : normal;
         half = magnitude >= 0x477ff000 ? Bits{} + 0x7c00 : half;  // 65520 and above round to infinity
         half = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : half;   // NaN
-        return __builtin_convertvector(((bits >> 16) & 0x8000) | half, HalfBits);
+        return __builtin_convertvector(((bits >> 16) & 0x8000) | half, Stored);
     }
 #endif
 };
 
-// A vector of the first `n` values at `from`, zeros behind them; all its values from n = LANES on.
-template <class T>
-inline INLINE auto read(const T *from, int64_t n) {
-    constexpr int W = LANES<typename Element<T>::Compute>;
-    if (n >= W) return Element<T>::widen(from);
-    T padded[W] = {};
-    std::memcpy(padded, from, n * sizeof(T));
-    return Element<T>::widen(padded);
+// The first `bytes` of a vector, fewer than all, and zeros behind them.
+template <class V>
+inline INLINE V load_first(const void *from, int64_t bytes) {
+#ifdef __AVX512BW__
+    const uint64_t mask = (uint64_t(1) << bytes) - 1;
+    if constexpr (sizeof(V) == 64) return bit_cast<V>(_mm512_maskz_loadu_epi8(mask, from));
+    if constexpr (sizeof(V) == 32) return bit_cast<V>(_mm256_maskz_loadu_epi8(mask, from));
+#endif
+    V v = {};
+    if (bytes < int64_t(sizeof(v))) std::memcpy(&v, from, bytes);
+    return v;
+}
+
+template <class V>
+inline INLINE void store_first(void *to, V v, int64_t bytes) {
+#ifdef __AVX512BW__
+    const uint64_t mask = (uint64_t(1) << bytes) - 1;
+    if constexpr (sizeof(V) == 64) return _mm512_mask_storeu_epi8(to, mask, bit_cast<__m512i>(v));
+    if constexpr (sizeof(V) == 32) return _mm256_mask_storeu_epi8(to, mask, bit_cast<__m256i>(v));
+#endif
+    std::memcpy(to, &v, bytes);
 }
 
 // Store past the caches; to an address aligned to the vector.
@@ -148,12 +162,24 @@ inline void end_of_streams() {
 #endif
 }
 
+template <class T>
+using Compute = typename Element<T>::Compute;
+template <class T>
+constexpr int WIDTH = LANES<Compute<T>>;
+
+// A vector of the first `n` values at `from`, zeros behind them; n = WIDTH or fewer.
+template <class T>
+inline INLINE Vector<Compute<T>> read(const T *from, int64_t n) {
+    using Stored = typename Element<T>::Stored;
+    return Element<T>::widen(n == WIDTH<T> ? load<Stored>(from) : load_first<Stored>(from, n * sizeof(T)));
+}
+
 // The first `n` values of `v`.
-template <class T, class V>
-inline INLINE void write(T *to, V v, int64_t n, bool streaming) {
+template <class T>
+inline INLINE void write(T *to, Vector<Compute<T>> v, int64_t n, bool streaming) {
     const auto stored = Element<T>::narrow(v);
-    if (n < LANES<typename Element<T>::Compute>)
-        std::memcpy(to, &stored, n * sizeof(T));
+    if (n < WIDTH<T>)
+        store_first(to, stored, n * sizeof(T));
     else if (streaming && sizeof(stored) == BYTES)  // two halves of a vector do not gain
         stream(to, stored);
     else

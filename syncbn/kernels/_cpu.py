@@ -102,7 +102,8 @@ def _like(dy: Tensor, x: Tensor, layout: _Layout) -> Tensor:
     _check_memory("dy", dy)
     if dy.shape != x.shape:
         raise InputError(f"dy: expected the shape of x, {tuple(x.shape)}, got {tuple(dy.shape)}")
-    return dy if _layout(dy) == layout else torch.empty_like(x).copy_(dy)
+    same = dy.stride() == x.stride() or _layout(dy) == layout
+    return dy if same else torch.empty_like(x).copy_(dy)
 
 
 def _float64(name: str, values: Tensor, length: int) -> Tensor:
