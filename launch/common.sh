@@ -18,8 +18,8 @@ usage_error() {
   exit 2
 }
 
-# The path of a program, or an error with the remedy:  tool NAME REMEDY
-tool() { command -v "$1" || die "$1 not found: $2"; }
+# The path of a program, or an error with the remedy:  tool NAME REMEDY ...
+tool() { command -v "$1" || die "$1 not found: ${*:2}"; }
 
 # The project's own .venv comes before whatever environment is active.
 use_environment() {

@@ -39,7 +39,7 @@ find_python() {
 }
 
 # What a complete .venv was made from; the path is part of it, as an environment cannot be moved.
-key=$({ pwd && cat pyproject.toml constraints.txt; } | sha256sum | cut -c1-64)
+key=$({ pwd && cat pyproject.toml constraints.txt csrc/*; } | sha256sum | cut -c1-64)
 if [[ -f $stamp ]] && .venv/bin/python -c '' 2>/dev/null; then
   read -r old_key old_extras <"$stamp"
   if [[ $old_key == "$key" && ($old_extras == "$extras" || $old_extras == dev) ]]; then
@@ -55,6 +55,9 @@ else
   "$python" -m venv --clear .venv
 fi
 rm -f "$stamp"
+
+[[ ${SYNCBN_BUILD_NATIVE:-1} == 0 ]] || tool "${CXX:-c++}" "on Debian and Ubuntu apt install g++, set CXX to a C++ compiler," \
+  "or set SYNCBN_BUILD_NATIVE=0 to do without the compiled kernels" >/dev/null
 
 say "installing syncbn[$extras] and the packages of constraints.txt (a few minutes, most of it PyTorch)"
 # These two reach the environment of the build as well. Paths are relative: pip splits the value at spaces.

@@ -199,6 +199,9 @@ def test_large_means_do_not_cancel(instruction_set, dtype, layout, first):
     torch.testing.assert_close(variance, of.invstd**-2 - EPS, rtol=1e-6 if dtype == torch.float32 else 1e-7, atol=0)
     y = kernels.normalize(x, of.mean, of.invstd, None, None)
     assert_near(y, of.y, COMPUTE_EPS[dtype] * of.y.abs().max(), 4)
+    sums = kernels.backward_sums(dy, x, of.mean, of.invstd)
+    sizes = torch.cat([over_channel(dy.abs()), over_channel((dy * of.xhat).abs())])
+    assert_near(sums, of.sums, COMPUTE_EPS[dtype] * sizes, 4)
     dx = kernels.backward_input(dy, x, of.mean, of.invstd, None, of.sums, n)
     assert_near(dx, of.dx, COMPUTE_EPS[dtype] * (of.dx.abs().max() + of.invstd.max()), 8)
 
