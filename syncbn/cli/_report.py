@@ -102,7 +102,7 @@ def draw(results: Record, path: Path) -> None:
     ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("time of forward + backward, relative to nn.BatchNorm2d without synchronisation (less is better)")
+    axes.set_xlabel("forward + backward relative to nn.BatchNorm2d without synchronisation (less is better)")
     axes.set_title(f"{machine['ranks']} ranks x {machine['threads']} thread, {machine['communicator']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
