@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .comm import MPI, Communicator, Horovod, SingleProcess, TorchDistributed
+from .comm._distributed import release
 from .comm._groups import set_world, world
 from .errors import BackendError, LaunchError
 
@@ -226,10 +227,9 @@ def _join_torch(launch: Launch, backend: str, timeout: timedelta) -> Communicato
 
 
 def _leave() -> None:
-    """Destroy the process group: ending without it can abort in Gloo's threads although the work was done."""
     set_world(None)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        release()
 
 
 def _meeting_point(launch: Launch, env: Environment) -> str:

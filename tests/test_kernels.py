@@ -302,15 +302,19 @@ def test_every_half_comes_back(instruction_set, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_halves_are_rounded_to_nearest_even(instruction_set, dtype):
-    """x·scale, exact in float32, against torch's own conversion: halfway cases, overflow and subnormals."""
-    exponents = torch.arange(-30.0, 20.0) if dtype == torch.float16 else torch.arange(-140.0, 128.0)
-    scale = 2.0 ** exponents.double() * (1 + 2**-8 + 2**-11)
-    x = torch.cat([torch.arange(1.0, 2.0, 2**-7), -torch.arange(1.0, 2.0, 2**-7)]).to(dtype)
-    x = x.view(-1, 1).expand(-1, len(scale)).contiguous()
-    expected = (x.float() * scale.float()).to(dtype)
-    assert (expected.isinf().any() and (expected == 0).any()) or dtype == torch.bfloat16
-    y = kernels.normalize(x, 0 * scale, scale, None, None)
-    assert torch.equal(y, expected)
+    """Any float32, all halfway cases and their neighbours, as biases: against torch's conversion."""
+    halves = torch.arange(2**15, dtype=torch.int16).view(dtype).float()
+    halfway = (halves[:-1] + halves[1:]) / 2
+    overflow = torch.tensor(65520.0)  # the first float16 infinity
+    ties = torch.cat([halfway, overflow.view(1)]).view(torch.int32)
+    patterns = torch.randint(-(2**31), 2**31, (100000,), generator=torch.Generator().manual_seed(0)).int()
+    patterns = torch.cat([patterns, ties, ties - 1, ties + 1, torch.tensor([-1, 2**31 - 1])])  # NaN of all ones
+    bias = torch.cat([patterns, patterns ^ -(2**31)]).int().view(torch.float32)
+    zero = torch.zeros(len(bias), dtype=torch.float64)
+    y = kernels.normalize(zero.to(dtype).view(1, -1), zero, zero, None, bias)[0]
+    expected = bias.to(dtype)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y[~y.isnan()], expected[~y.isnan()])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -210,3 +210,25 @@ def test_a_backend_by_name_makes_a_world_of_one(tmp_path) -> None:
     job = run_job([sys.executable, str(script(tmp_path, kwargs="dict(backend='gloo')"))], seconds=50)
     assert job.returncode == 0, job.stdout
     assert "TorchDistributed 0 1 True" in job.stdout
+
+
+@pytest.mark.timeout(60)
+def test_no_thread_of_gloo_outlives_the_process_group(tmp_path) -> None:
+    """One that waits for the interpreter while that ends aborts the process: 2 of 60 jobs did."""
+    job = tmp_path / "job.py"
+    job.write_text(
+        "import atexit, os, syncbn, torch\n"
+        "def threads():\n"
+        "    return [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')]\n"
+        "def gloo():\n"
+        "    return sum('gloo' in name for name in threads())\n"
+        "atexit.register(lambda: print('at exit:', gloo()))\n"  # runs after what init registers
+        "comm = syncbn.init('gloo')\n"
+        "layer = syncbn.SyncBatchNorm(2)\n"
+        "layer(torch.randn(4, 2))\n"
+        "print('running:', gloo() > 0)\n"
+    )
+    done = run_job([sys.executable, str(job)], seconds=50)
+    assert done.returncode == 0, done.stdout
+    assert "running: True" in done.stdout
+    assert "at exit: 0" in done.stdout

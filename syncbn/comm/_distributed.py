@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -19,6 +21,9 @@ from ._protocol import Communicator, SharedHandle, check_payload, part_of
 # all-gather, which grow with w, eat the gain.
 _GATHER_AT_MOST = 8
 _TAG = 0x5BA7  # of messages between two ranks: not one that the user's own have
+
+
+_made: weakref.WeakSet[TorchDistributed] = weakref.WeakSet()
 
 
 class TorchDistributed(SharedHandle):
@@ -56,6 +61,7 @@ class TorchDistributed(SharedHandle):
         self._devices = {device.type for device in chosen._device_types}
         self._plain = _Plain(chosen)
         self._cpu: Communicator | None = None  # how CPU tensors are added, known after the first
+        _made.add(self)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over the group."""
@@ -92,6 +98,18 @@ class TorchDistributed(SharedHandle):
         groups = [dist.new_group([to_world[r] for r in part], timeout=self._timeout) for part in partition]
         mine = list(partition).index(part_of(self.rank, partition))
         return TorchDistributed(groups[mine], timeout=self._timeout)
+
+
+def release() -> None:
+    """Let go of all process groups, at the end of the process: Gloo joins its threads when the last reference goes.
+
+    A thread of its that waits for the interpreter, to free the tensors of the last collective, while that ends already
+    would abort the process. The pause serves those whose group the user still holds (DDP does).
+    """
+    for comm in list(_made):
+        comm.group = comm._plain.group = comm._cpu = None
+    dist.destroy_process_group()
+    time.sleep(0.02)
 
 
 class _Plain(SharedHandle):
