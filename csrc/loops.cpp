@@ -20,8 +20,8 @@ inline INLINE void for_vectors(int64_t size, Step step) {
     if (i < size) step(i, size - i);
 }
 
-// run(R, row, stride) for rows row, row + stride, ... R of them; all of [first, first + count) in the end. Rows far apart
-// are streams of their own to the processor, which then fetches ahead; rows near each other confuse it.
+// run(R, row, stride) for R rows at a time, `stride` apart, until all of [first, first + count) had their turn. To the
+// processor rows far apart are streams of their own, and it fetches ahead; with neighbours it does not: twice the time.
 template <int R, class Run>
 inline INLINE void for_rows(int64_t first, int64_t count, Run run) {
     const int64_t stride = count / R;
@@ -37,8 +37,8 @@ struct Sums {
 
 // Add the sums of R vectors of n values that lie `stride` apart. Lanes from n on add zero.
 //
-// In the forward they are taken about a pivot p of their own: Σx = Σd + R·p, Σx² = Σd² + 2p·Σd + R·p² for d = x - p; what
-// is large is added in double.
+// In the forward they are about a pivot of their own, the mean p of each lane: with d = x - p, Σx = Σd + R·p and
+// Σx² = Σd² + 2p·Σd + R·p². What is small is added in float, what is large in double.
 template <class T, bool Backward, int R>
 inline INLINE void add(Sums<Compute<T>> &sums, const T *x, const T *dy, int64_t stride, int64_t n, VectorFor<T> p) {
     using A = Compute<T>;
@@ -144,7 +144,8 @@ void elementwise(const Job &job) {
     constexpr int W = WIDTH<T>, KINDS = Backward ? 5 : 3;
     using V = VectorFor<T>;
     const int64_t C = job.channels;
-    const auto at = [&](int kind, int64_t c) INLINE { return (const Compute<T> *)job.coefficients + kind * job.stride + c; };
+    const auto *coefficients = (const Compute<T> *)job.coefficients;
+    const auto at = [&](int kind, int64_t c) INLINE { return coefficients + kind * job.stride + c; };
     if (job.inner > 1)
         for_blocks(job, [&](int64_t c, int64_t first, int64_t size) {
             V k[KINDS];

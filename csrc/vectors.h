@@ -111,8 +111,8 @@ struct Element<float16> {
         // Plus 1/2 the last bit of a float is worth 2^-24, the smallest half: the processor has rounded.
         const Bits subnormal = bit_cast<Bits>(bit_cast<Float>(magnitude) + 0.5f) - 0x3f000000;
         Bits half = magnitude < (113u << 23) ? subnormal : normal;
-        half = magnitude >= 0x477ff000 ? Bits{} + 0x7c00 : half;  // 65520 and above round to infinity
-        half = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : half;   // NaN
+        half = magnitude >= (143u << 23) ? Bits{} + 0x7c00 : half;  // from 2^16 on; from 65520 on it is rounded to that
+        half = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : half;     // NaN
         return __builtin_convertvector(((bits >> 16) & 0x8000) | half, Stored);
     }
 #endif

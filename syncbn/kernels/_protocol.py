@@ -11,8 +11,8 @@ from torch import Tensor
 class Kernels(Protocol):
     """Four functions over x, dy (N, C, *); a module can implement it.
 
-    Statistics are float64 (C,) or (2C,); weight and bias (C,) of any floating dtype, or None for 1 and 0. The result
-    has the memory format of its first argument. N, or a dimension of *, may be 0.
+    Statistics are float64 (C,) or (2C,); weight and bias (C,) of any floating dtype, or None for 1 and 0. A result of
+    the size of `x` has its dtype and memory format. N, or a dimension of *, may be 0.
 
     Attributes:
         DTYPES: the dtypes of x and dy that they take.
