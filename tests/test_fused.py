@@ -54,8 +54,8 @@ def test_double_backward_equals_composed(size: int, monkeypatch: pytest.MonkeyPa
     """A gradient penalty, over replicas: ∂/∂θ of |∂L/∂x|²."""
 
     def replica(comm: syncbn.comm.Communicator) -> tuple[Tensor, ...]:
-        torch.manual_seed(comm.rank)
-        x = torch.randn(3 + comm.rank, 2, 4, dtype=torch.float64, requires_grad=True)
+        generator = torch.Generator().manual_seed(comm.rank)  # the default one is shared by all threads
+        x = torch.randn(3 + comm.rank, 2, 4, generator=generator, dtype=torch.float64).requires_grad_()
         weight = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
         bias = torch.tensor([0.1, -1.0], dtype=torch.float64, requires_grad=True)
         y = functional.sync_batch_norm(x, None, None, weight, bias, process_group=comm)
