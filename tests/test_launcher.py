@@ -13,8 +13,8 @@ from syncbn._launcher import Launch, _default_backend, _first_host, _meeting_poi
 from syncbn.comm import SingleProcess
 from syncbn.errors import BackendError, LaunchError
 
-# What each launcher sets, of the variables that matter. Those of torchrun, Open MPI and horovodrun are met for real further
-# down; those of MPICH and SLURM are from their documentation.
+# What each launcher sets, of the variables that matter. Those of torchrun, Open MPI and horovodrun are met for real
+# further down; those of MPICH and SLURM are from their documentation.
 TORCHRUN = {
     "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
     "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29400", "TORCHELASTIC_RUN_ID": "job",
