@@ -40,7 +40,7 @@ def sync_batch_norm(
     shift = (pivot - mean) * scale
     if bias is not None:
         shift = shift + bias
-    y = centred * scale.to(values.dtype).view(channel) + shift.to(values.dtype).view(channel)
+    y: Tensor = centred * scale.to(values.dtype).view(channel) + shift.to(values.dtype).view(channel)
     if running is not None:
         running.update(total.detach())
     return y.to(x.dtype)
