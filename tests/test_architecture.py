@@ -31,8 +31,10 @@ LAYERS = [
     {"_layer"},
     {"_convert", "_launcher", "_parallel"},
     {""},
-    {"cli._measure", "cli._report"},
-    {"cli._bench"},
+    {"cli._measure", "cli._report", "cli._network"},
+    {"cli._job"},
+    {"cli._bench", "cli._installation", "cli._cluster"},
+    {"cli._doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,105 @@
+"""What doctor and verify share: a world within a deadline, words and numbers between its ranks, a table."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from syncbn._launcher import Launch
+from syncbn.comm import Communicator
+
+
+class Deadline:
+    """Ends this process, with the reason, if the block is not left in time: whatever it waits in, and whatever for.
+
+    The collectives have deadlines of their own, shorter ones: this is for what has none (MPI_Init, hvd.init).
+
+    Args:
+        seconds: from entering the block on.
+        launch: for the message.
+
+    Attributes:
+        doing: what the process is about, for the message.
+    """
+
+    def __init__(self, seconds: float, launch: Launch) -> None:
+        self.seconds = seconds
+        self.doing = "starting"
+        self._launch = launch
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._timer.cancel()
+
+    def _expire(self) -> None:
+        end(
+            self._launch,
+            f"nothing came within {self.seconds:g} s while {self.doing}: a rank did not start, died or cannot be "
+            "reached; look for the first error of the other ranks, then at addresses and firewalls between the hosts",
+        )
+
+
+def end(launch: Launch, reason: str) -> NoReturn:
+    """Print why, and end this process so that its launcher ends the job.
+
+    Not by an exception or sys.exit: at exit MPI waits for ranks that will not come.
+    """
+    sys.stdout.flush()
+    print(f"syncbn: error on rank {launch.rank} ({socket.gethostname()}): {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def gather(comm: Communicator, numbers: Tensor) -> Tensor:
+    """Return every rank's `numbers` (n,), float64, as (size, n). One all-reduce; n is the same on every rank."""
+    rows = torch.zeros(comm.size, numbers.numel(), dtype=torch.float64)
+    rows[comm.rank] = numbers
+    return comm.all_reduce(rows.flatten()).view_as(rows)
+
+
+def exchange(comm: Communicator, text: str) -> list[str]:
+    """Return every rank's `text`, in rank order. Two all-reduces: of the lengths, and of the bytes as float64."""
+    mine = torch.tensor(list(text.encode()), dtype=torch.float64)
+    lengths = gather(comm, torch.tensor([float(mine.numel())])).flatten().long().tolist()
+    ends = list(itertools.accumulate(lengths))
+    places = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    whole = torch.zeros(ends[-1], dtype=torch.float64)
+    whole[places[comm.rank]] = mine
+    numbers = comm.all_reduce(whole).to(torch.uint8).tolist()
+    return [bytes(numbers[place]).decode() for place in places]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align columns: plain text, that a broken installation can print too.
+
+    Example:
+        >>> print(table(["rank", "host"], [["0", "a"], ["12", "b"]]))
+        rank  host
+        0     a
+        12    b
+    """
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, *rows)]
+    return "\n".join(lines)
+
+
+def plural(number: int, noun: str) -> str:
+    """Return "1 rank", "2 ranks".
+
+    Example:
+        >>> plural(2, "rank")
+        '2 ranks'
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
