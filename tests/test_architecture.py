@@ -33,8 +33,9 @@ LAYERS = [
     {""},
     {"cli._measure", "cli._report", "cli._network"},
     {"cli._job"},
-    {"cli._bench", "cli._installation", "cli._cluster"},
-    {"cli._doctor"},
+    {"cli._bench", "cli._installation", "cli._cluster", "cli._comparison"},
+    {"cli._doctor", "cli._model"},
+    {"cli._verify"},
     {"cli"},
     {"__main__"},
 ]

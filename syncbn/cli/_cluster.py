@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
-from syncbn._launcher import Environment, Launch
+from syncbn._launcher import Launch
 from syncbn.comm import Communicator, SharedMemory, TorchDistributed
 from syncbn.comm import _shared_memory as shared_memory
 from syncbn.errors import BackendError
 
 from ._job import plural
-from ._network import Network, resolve
+from ._network import Network
 
 NUMEL = 129  # the collective of a layer of 64 channels
 REPEATS = 11
@@ -157,31 +157,6 @@ def _cores(world: Sequence[Facts]) -> Iterable[Finding]:
             remedy = f"set OMP_NUM_THREADS={most}" if most else "start fewer ranks there"
             text = f"host {host}: {len(group)} ranks with {threads} threads on {plural(cores.bit_count(), 'core')}"
             yield Finding("warning", f"{text}, so they wait for one another: {remedy}")
-
-
-# Where these variables say how many ranks the host has, the others are on other hosts.
-_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "HOROVOD_LOCAL_SIZE")
-
-
-def suspicions(launch: Launch, env: Environment, here: Network) -> list[str]:
-    """Say what may have kept this rank from its peers. Nothing is known of them."""
-    if here.problem:
-        return [f"{here.problem}: {here.remedy()}"]
-    several_hosts = any(env.get(name, "").isdecimal() and int(env[name]) < launch.size for name in _LOCAL_SIZES) or (
-        env.get("SLURM_STEP_NUM_NODES", "1") != "1"
-    )
-    if not several_hosts:
-        return []
-    found = []
-    if here.variable and here.address and not here.reachable(here.address):
-        found.append(f"this rank uses {here.interface} {here.address}, which no other host can reach: {here.remedy()}")
-    head = env.get("MASTER_ADDR", "")
-    if head and not here.reachable(resolve(head)):
-        found.append(
-            f"MASTER_ADDR={head} is {resolve(head) or 'unknown'} on {here.host}: it must be an address of rank 0's "
-            "host that every host can reach"
-        )
-    return found
 
 
 @dataclass(frozen=True)

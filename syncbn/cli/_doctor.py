@@ -8,20 +8,18 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from typing import Any
 
 import torch
 
-import syncbn
 from syncbn._launcher import Launch, detect
 from syncbn.comm import Communicator
 from syncbn.errors import LaunchError
 
-from ._cluster import Collective, Facts, Finding, by_host, collectives, facts, findings, merged, suspicions
+from ._cluster import Collective, Facts, Finding, by_host, collectives, facts, findings, merged
 from ._installation import Part, parts
-from ._job import Deadline, end, exchange, plural, table
-from ._network import Network, network
+from ._job import Deadline, end, exchange, join, plural, table
+from ._network import network
 
 
 def add_command(commands: Any) -> None:
@@ -58,17 +56,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _examine(launch: Launch, deadline: Deadline, *, as_json: bool) -> bool:
-    here = network(launch, os.environ)
-    if here.problem:
-        end(launch, f"{here.problem}: {here.remedy()}")
-    timeout = timedelta(seconds=0.8 * deadline.seconds)  # the collectives' own errors come first: they say more
-    deadline.doing = f"meeting the other ranks (started by {launch.launcher})"
-    comm = _meet(launch, here, timeout)
+    comm = join(launch, deadline)
     try:
         deadline.doing = "exchanging what each rank knows of itself"
-        world = [Facts(**json.loads(text)) for text in exchange(comm, json.dumps(asdict(facts(launch, here))))]
+        world = [
+            Facts(**json.loads(text))
+            for text in exchange(comm, json.dumps(asdict(facts(launch, network(launch, os.environ)))))
+        ]
         deadline.doing = "running the collectives"
-        mine = list(collectives(comm, launch, world, timeout))
+        mine = list(collectives(comm, launch, world, deadline.patience))
         everybodys = exchange(comm, json.dumps([asdict(outcome) for outcome in mine]))
     except Exception as error:  # said, and the process ends: an exception alone would leave MPI's other ranks waiting
         end(launch, f"while {deadline.doing}: {error}")
@@ -81,17 +77,6 @@ def _examine(launch: Launch, deadline: Deadline, *, as_json: bool) -> bool:
     deadline.doing = "waiting for rank 0 to print"
     comm.all_reduce(torch.zeros(1))  # the first rank that exits with 1 ends the job
     return fit
-
-
-def _meet(launch: Launch, here: Network, timeout: timedelta) -> Communicator:
-    try:
-        return syncbn.init(timeout=timeout)
-    except Exception as error:  # every backend has its own; each is said, with what this host suggests
-        reasons = [
-            f"the world of {launch.size} ranks could not be made: {error}",
-            *suspicions(launch, os.environ, here),
-        ]
-        end(launch, "\n  ".join(reasons))
 
 
 def _installation_text(found: Sequence[Part]) -> str:

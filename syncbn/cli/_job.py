@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import os
 import socket
 import sys
 import threading
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+import syncbn
 from syncbn._launcher import Launch
 from syncbn.comm import Communicator
+
+from ._network import network, suspicions
 
 
 class Deadline:
     """Ends this process, with the reason, if the block is not left in time: whatever it waits in, and whatever for.
 
-    The collectives have deadlines of their own, shorter ones: this is for what has none (MPI_Init, hvd.init).
+    The collectives have deadlines of their own, `patience`, which come first and say more. This is for what has none:
+    hvd.init, MPI_Init. The latter keeps Python's lock, so that only a traceback can be printed, by faulthandler.
 
     Args:
         seconds: from entering the block on.
@@ -28,27 +34,31 @@ class Deadline:
 
     Attributes:
         doing: what the process is about, for the message.
+        patience: for the collectives.
     """
 
     def __init__(self, seconds: float, launch: Launch) -> None:
-        self.seconds = seconds
         self.doing = "starting"
+        self.patience = timedelta(seconds=0.8 * seconds)
+        self._seconds = seconds
         self._launch = launch
-        self._timer = threading.Timer(seconds, self._expire)
+        self._timer = threading.Timer(0.95 * seconds, self._expire)
         self._timer.daemon = True
 
     def __enter__(self) -> Deadline:
         self._timer.start()
+        faulthandler.dump_traceback_later(self._seconds, exit=True)
         return self
 
     def __exit__(self, *error: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
         self._timer.cancel()
 
     def _expire(self) -> None:
         end(
             self._launch,
-            f"nothing came within {self.seconds:g} s while {self.doing}: a rank did not start, died or cannot be "
-            "reached; look for the first error of the other ranks, then at addresses and firewalls between the hosts",
+            f"still {self.doing} after {self._seconds:g} s (--timeout): a rank did not start, died or is out of reach; "
+            "look for the first error of the other ranks, then at addresses and firewalls between the hosts",
         )
 
 
@@ -60,6 +70,22 @@ def end(launch: Launch, reason: str) -> NoReturn:
     sys.stdout.flush()
     print(f"syncbn: error on rank {launch.rank} ({socket.gethostname()}): {reason}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def join(launch: Launch, deadline: Deadline) -> Communicator:
+    """Return the world that the launcher made; where that fails, say why and what this host suggests, and end."""
+    here = network(launch, os.environ)
+    if here.problem:
+        end(launch, f"{here.problem}: {here.remedy()}")
+    deadline.doing = f"meeting the other ranks of {launch.launcher}"
+    try:
+        return syncbn.init(timeout=deadline.patience)
+    except Exception as error:  # each backend has its own
+        reasons = [
+            f"the world of {launch.size} ranks could not be made: {error}",
+            *suspicions(launch, os.environ, here),
+        ]
+        end(launch, "\n  ".join(reasons))
 
 
 def gather(comm: Communicator, numbers: Tensor) -> Tensor:

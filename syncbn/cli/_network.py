@@ -82,6 +82,31 @@ def choose(launch: Launch, env: Environment, host: str, name_address: str, found
     return Network(host, name_address, found, variable, given, problem)
 
 
+# Where these variables say how many ranks the host has, the others are on other hosts.
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "HOROVOD_LOCAL_SIZE")
+
+
+def suspicions(launch: Launch, env: Environment, here: Network) -> list[str]:
+    """Say what may have kept this rank from its peers. Nothing is known of them."""
+    if here.problem:
+        return [f"{here.problem}: {here.remedy()}"]
+    several_hosts = any(env.get(name, "").isdecimal() and int(env[name]) < launch.size for name in _LOCAL_SIZES) or (
+        env.get("SLURM_STEP_NUM_NODES", "1") != "1"
+    )
+    if not several_hosts:
+        return []
+    found = []
+    if here.variable and here.address and not here.reachable(here.address):
+        found.append(f"this rank uses {here.interface} {here.address}, which no other host can reach: {here.remedy()}")
+    head = env.get("MASTER_ADDR", "")
+    if head and not here.reachable(resolve(head)):
+        found.append(
+            f"MASTER_ADDR={head} is {resolve(head) or 'unknown'} on {here.host}: it must be an address of rank 0's "
+            "host that every host can reach"
+        )
+    return found
+
+
 def resolve(name: str) -> str:
     """Return the first address of `name`, or ""."""
     try:
