@@ -47,7 +47,7 @@ class Deadline:
 
     def __enter__(self) -> Deadline:
         self._timer.start()
-        faulthandler.dump_traceback_later(self._seconds, exit=True)
+        faulthandler.dump_traceback_later(self._seconds, exit=True, file=2)
         return self
 
     def __exit__(self, *error: object) -> None:

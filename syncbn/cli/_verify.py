@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from syncbn import SyncBatchNorm
 from syncbn._launcher import Launch, detect
 from syncbn.comm import Communicator
-from syncbn.errors import LaunchError
+from syncbn.errors import LaunchError, SyncBatchNormError
 from syncbn.kernels import kernels_for
 
 from ._comparison import Row, error_of, over_ranks
@@ -102,11 +103,15 @@ on all ranks' samples; outputs, input gradients, parameter gradients (summed ove
 
 
 def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"expected the sizes of one sample, as 3,64,64, got {text!r}")
     return tuple(int(size) for size in text.split(","))
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Compare; rank 0 prints. Exit with 1 if an error is beyond its bound."""
+    if arguments.input and not arguments.model:
+        sys.exit("error: --input is of a model: give --model too")
     try:
         launch = detect(os.environ)
     except LaunchError as error:
@@ -121,7 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
             else:
                 rows = verify_layer(comm, device)
         except Exception as error:  # said, and the process ends: alone it would leave MPI's other ranks waiting
-            traceback.print_exc()
+            if not isinstance(error, SyncBatchNormError):
+                traceback.print_exc()  # of the user's model, most likely
             end(launch, str(error))
         if comm.rank == 0:
             _print(rows, arguments, launch, comm, device)
