@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 
 import pytest
@@ -20,6 +20,7 @@ from syncbn.cli._installation import Part
 from syncbn.cli._job import exchange, gather
 from syncbn.cli._network import choose, suspicions
 from syncbn.comm import run_threads
+from syncbn.errors import LaunchError
 
 # Words between ranks
 
@@ -73,7 +74,7 @@ def test_sound_ranks(world: list[Facts]) -> None:
         ([RANK, replace(RANK, rank=1), replace(NODE2, rank=2, python="3.10")], "error", "3.11.7 on ranks 0, 1; 3.10"),
         ([RANK, replace(RANK, rank=1, syncbn="0.2.0")], "error", "different versions of syncbn"),
         ([CUDA, replace(CUDA, rank=1)], "error", "ranks 0, 1 share one CUDA device (cuda:0 on node1)"),
-        ([CUDA, replace(RANK, rank=1)], "error", "rank 1 see no CUDA device"),
+        ([CUDA, replace(RANK, rank=1)], "error", "rank 1 without a CUDA device"),
         ([LOOPBACK, NODE2], "error", "uses interface lo, which is loopback: set GLOO_SOCKET_IFNAME=eth0 on node1"),
         ([horovod(replace(RANK, name_address="127.0.1.1")), horovod(NODE2)], "warning", "resolves to 127.0.1.1"),
         ([replace(RANK, threads=5)], "warning", "5 threads on 4 cores"),
@@ -90,6 +91,12 @@ def test_what_is_wrong_is_named(world: list[Facts], severity: str, words: str) -
 def test_many_ranks_are_not_all_named() -> None:
     world = [replace(RANK, rank=rank, torch=str(rank == 99), cores=hex(2**300 - 1)) for rank in range(100)]
     assert "False on ranks 0, 1, 2, 3, 4, 5, 6, ... (99 in all); True on rank 99" in findings(world)[0].text
+
+
+def test_ranks_that_know_other_facts_are_of_another_version() -> None:
+    told = [asdict(RANK), {**asdict(RANK), "rank": 1, "syncbn": "9", "more": 1}]
+    with pytest.raises(LaunchError, match=r"0\.1\.0 on rank 0; 9 on rank 1"):
+        _doctor._facts(told)
 
 
 # This host's network
@@ -120,7 +127,11 @@ def test_the_interface_in_use(launch: Launch, env: dict[str, str], name_address:
 @pytest.mark.parametrize(
     ("env", "name_address", "words"),
     [
-        ({"LOCAL_WORLD_SIZE": "1"}, "127.0.1.1", ["no other host can reach: set GLOO_SOCKET_IFNAME=eth0"]),
+        (
+            {"LOCAL_WORLD_SIZE": "1"},
+            "127.0.1.1",
+            ["(its host name node1 is 127.0.1.1), which no other host can reach: set GLOO_SOCKET_IFNAME=eth0"],
+        ),
         ({"LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}, "10.0.0.1", ["no other host can reach"]),
         ({"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.1.1"}, "10.0.0.1", ["MASTER_ADDR=127.0.1.1"]),
         ({"SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": "127.0.1.1"}, "127.0.1.1", ["no other host", "MASTER_ADDR"]),

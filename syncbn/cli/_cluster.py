@@ -127,7 +127,10 @@ def _devices(world: Sequence[Facts]) -> Iterable[Finding]:
     kinds = {bool(rank.device_id) for rank in world}
     if len(kinds) > 1:
         without = [rank for rank in world if not rank.device_id]
-        yield Finding("error", f"{_ranks(without)} see no CUDA device, others do: check drivers and torch builds there")
+        yield Finding(
+            "error",
+            f"{_ranks(without)} without a CUDA device, others have one: check drivers and the build of torch there",
+        )
 
 
 def _addresses(world: Sequence[Facts]) -> Iterable[Finding]:

@@ -30,7 +30,7 @@ def add_command(commands: Any) -> None:
         description="Alone: what this installation can do, with the remedy for what is absent; the exit status is 1 if "
         "a part is installed but broken. Under torchrun, mpirun, horovodrun or srun: the ranks with hosts, devices, "
         "addresses and versions, and an all-reduce over each communicator, its sum checked; the exit status is 0 if "
-        "the cluster is fit. Warnings do not make it unfit.",
+        "the cluster is fit. Warnings do not make it unfit. A rank that cannot meet the others says why on stderr.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object (rank 0) instead of tables")
     parser.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds for all of it (60)")
@@ -59,13 +59,11 @@ def _examine(launch: Launch, deadline: Deadline, *, as_json: bool) -> bool:
     comm = join(launch, deadline)
     try:
         deadline.doing = "exchanging what each rank knows of itself"
-        world = [
-            Facts(**json.loads(text))
-            for text in exchange(comm, json.dumps(asdict(facts(launch, network(launch, os.environ)))))
-        ]
+        mine = asdict(facts(launch, network(launch, os.environ)))
+        world = _facts([json.loads(text) for text in exchange(comm, json.dumps(mine))])
         deadline.doing = "running the collectives"
-        mine = list(collectives(comm, launch, world, deadline.patience))
-        everybodys = exchange(comm, json.dumps([asdict(outcome) for outcome in mine]))
+        results = [asdict(outcome) for outcome in collectives(comm, launch, world, deadline.patience)]
+        everybodys = exchange(comm, json.dumps(results))
     except Exception as error:  # said, and the process ends: an exception alone would leave MPI's other ranks waiting
         end(launch, f"while {deadline.doing}: {error}")
     outcomes = merged([[Collective(**outcome) for outcome in json.loads(text)] for text in everybodys])
@@ -77,6 +75,13 @@ def _examine(launch: Launch, deadline: Deadline, *, as_json: bool) -> bool:
     deadline.doing = "waiting for rank 0 to print"
     comm.all_reduce(torch.zeros(1))  # the first rank that exits with 1 ends the job
     return fit
+
+
+def _facts(told: Sequence[dict[str, Any]]) -> list[Facts]:
+    if any(rank.keys() != told[0].keys() for rank in told):
+        versions = "; ".join(f"{rank['syncbn']} on rank {rank['rank']}" for rank in told)
+        raise LaunchError(f"different versions of syncbn: {versions}. Install the same everywhere")
+    return [Facts(**rank) for rank in told]
 
 
 def _installation_text(found: Sequence[Part]) -> str:

@@ -22,6 +22,7 @@ from syncbn._launcher import Launch
 from syncbn.comm import Communicator, SharedMemory, run_threads
 from syncbn.errors import SyncBatchNormError
 
+from ._job import plural
 from ._network import network
 
 PROBE_SECONDS = 60.0
@@ -57,7 +58,7 @@ def _python() -> Part:
 
 
 def _torch() -> Part:
-    threads = f"{torch.get_num_threads()} threads on {len(os.sched_getaffinity(0))} cores"
+    threads = f"{plural(torch.get_num_threads(), 'thread')} on {plural(len(os.sched_getaffinity(0)), 'core')}"
     return Part("torch", "ok", f"{torch.__version__}, syncbn {syncbn.__version__}, {threads}")
 
 

@@ -34,11 +34,13 @@ class Deadline:
 
     Attributes:
         doing: what the process is about, for the message.
+        hints: what may be the cause, for the message.
         patience: for the collectives.
     """
 
     def __init__(self, seconds: float, launch: Launch) -> None:
         self.doing = "starting"
+        self.hints: list[str] = []
         self.patience = timedelta(seconds=0.8 * seconds)
         self._seconds = seconds
         self._launch = launch
@@ -55,20 +57,24 @@ class Deadline:
         self._timer.cancel()
 
     def _expire(self) -> None:
-        end(
-            self._launch,
+        reason = (
             f"still {self.doing} after {self._seconds:g} s (--timeout): a rank did not start, died or is out of reach; "
-            "look for the first error of the other ranks, then at addresses and firewalls between the hosts",
+            "look for the first error of the other ranks, then at addresses and firewalls between the hosts"
         )
+        end(self._launch, reason, *self.hints)
 
 
-def end(launch: Launch, reason: str) -> NoReturn:
+def end(launch: Launch, *reasons: str) -> NoReturn:
     """Print why, and end this process so that its launcher ends the job.
 
     Not by an exception or sys.exit: at exit MPI waits for ranks that will not come.
     """
     sys.stdout.flush()
-    print(f"syncbn: error on rank {launch.rank} ({socket.gethostname()}): {reason}", file=sys.stderr, flush=True)
+    print(
+        f"syncbn: error on rank {launch.rank} ({socket.gethostname()}): " + "\n  ".join(reasons),
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(1)
 
 
@@ -78,14 +84,13 @@ def join(launch: Launch, deadline: Deadline) -> Communicator:
     if here.problem:
         end(launch, f"{here.problem}: {here.remedy()}")
     deadline.doing = f"meeting the other ranks of {launch.launcher}"
+    deadline.hints = suspicions(launch, os.environ, here)
     try:
-        return syncbn.init(timeout=deadline.patience)
+        comm = syncbn.init(timeout=deadline.patience)
     except Exception as error:  # each backend has its own
-        reasons = [
-            f"the world of {launch.size} ranks could not be made: {error}",
-            *suspicions(launch, os.environ, here),
-        ]
-        end(launch, "\n  ".join(reasons))
+        end(launch, f"the world of {launch.size} ranks could not be made: {error}", *deadline.hints)
+    deadline.hints = []  # they have met
+    return comm
 
 
 def gather(comm: Communicator, numbers: Tensor) -> Tensor:

@@ -97,7 +97,10 @@ def suspicions(launch: Launch, env: Environment, here: Network) -> list[str]:
         return []
     found = []
     if here.variable and here.address and not here.reachable(here.address):
-        found.append(f"this rank uses {here.interface} {here.address}, which no other host can reach: {here.remedy()}")
+        cause = "" if env.get(here.variable) else f" (its host name {here.host} is {here.name_address})"
+        found.append(
+            f"this rank uses {here.interface} {here.address}{cause}, which no other host can reach: {here.remedy()}"
+        )
     head = env.get("MASTER_ADDR", "")
     if head and not here.reachable(resolve(head)):
         found.append(
