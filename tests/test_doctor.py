@@ -166,6 +166,19 @@ def test_a_failure_elsewhere_reaches_rank_0() -> None:
     assert merged([[fine], [fine]]) == [fine]
 
 
+@pytest.mark.parametrize(
+    ("outcome", "row"),
+    [
+        (Collective("MPI", seconds=2e-6), ["MPI", "cpu", "2", "sum is right"]),
+        (Collective("MPI", note="not here"), ["MPI", "-", "-", "not here"]),
+        (Collective("MPI", "cuda", note="bad", failed=True), ["MPI", "cuda", "-", "FAILED: bad"]),
+        (Collective("MPI", seconds=2e-6, note="bad", failed=True), ["MPI", "cpu", "2", "FAILED: bad"]),
+    ],
+)
+def test_a_collective_as_a_person_sees_it(outcome: Collective, row: list[str]) -> None:
+    assert _doctor._collective_row(outcome) == row
+
+
 def test_collectives_over_threads() -> None:
     def replica(comm):
         world = [replace(RANK, rank=rank) for rank in range(3)]
@@ -324,7 +337,7 @@ main(["doctor", "--timeout", "{seconds}"])
 @pytest.mark.parametrize(
     ("fault", "seconds", "words"),
     [
-        ("time.sleep(80)", 4, {"torchrun": "could not be made", "mpirun": "_mpi.py", "horovodrun": "still meeting"}),
+        ("time.sleep(80)", 4, {"torchrun": "error on rank 0", "mpirun": "_mpi.py", "horovodrun": "still meeting"}),
         ("_doctor.collectives = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", 20, {}),
         ("_doctor.collectives = lambda *a: time.sleep(80)", 8, {"torchrun": "running the", "mpirun": "running the"}),
         ("syncbn.__version__ = '9'", 20, dict.fromkeys(("torchrun", "mpirun", "horovodrun"), "9 on rank 1")),

@@ -7,19 +7,30 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from syncbn._launcher import Launch, detect
-from syncbn.comm import Communicator
 from syncbn.errors import LaunchError
 
 from ._cluster import Collective, Facts, Finding, by_host, collectives, facts, findings, merged
 from ._installation import Part, parts
 from ._job import Deadline, end, exchange, join, plural, table
 from ._network import network
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found out about a cluster."""
+
+    fit: bool
+    launcher: str
+    world: str  # the class of its communicator
+    ranks: list[Facts]
+    collectives: list[Collective]
+    findings: list[Finding]
 
 
 def add_command(commands: Any) -> None:
@@ -70,8 +81,8 @@ def _examine(launch: Launch, deadline: Deadline, *, as_json: bool) -> bool:
     wrong = findings(world)
     fit = not any(finding.severity == "error" for finding in wrong) and not any(o.failed for o in outcomes)
     if comm.rank == 0:
-        show = _as_json if as_json else _text
-        print(show(fit, launch, comm, world, outcomes, wrong), flush=True)
+        report = Report(fit, launch.launcher, type(comm).__name__, world, outcomes, wrong)
+        print(json.dumps(asdict(report)) if as_json else _cluster_text(report), flush=True)
     deadline.doing = "waiting for rank 0 to print"
     comm.all_reduce(torch.zeros(1))  # the first rank that exits with 1 ends the job
     return fit
@@ -85,73 +96,44 @@ def _facts(told: Sequence[dict[str, Any]]) -> list[Facts]:
 
 
 def _installation_text(found: Sequence[Part]) -> str:
-    rows = [[part.name, part.state, part.what] for part in found]
-    remedies = [f"{part.name}: {part.remedy}" for part in found if part.remedy]
+    remedies = [f"  {part.name}: {part.remedy}" for part in found if part.remedy]
     broken = [part.name for part in found if part.state == "broken"]
     return "\n".join(
         [
-            table(["part", "state", "what"], rows),
-            *(["", "what to do, where you need it"] if remedies else []),
-            *(f"  {remedy}" for remedy in remedies),
+            table(["part", "state", "what"], [[part.name, part.state, part.what] for part in found]),
+            *(["", "what to do, where you need it", *remedies] if remedies else []),
             "",
             f"broken: {', '.join(broken)}"
             if broken
-            else "fit. To examine a cluster: launch/torchrun.sh ... -- -m syncbn doctor",
+            else "fit; to examine a cluster: launch/torchrun.sh ... -- -m syncbn doctor",
         ]
     )
 
 
-def _as_json(
-    fit: bool, launch: Launch, comm: Communicator, world: Sequence[Facts], outcomes: Sequence[Collective],
-    wrong: Sequence[Finding],
-) -> str:  # fmt: skip
-    return json.dumps(
-        {
-            "fit": fit,
-            "launcher": launch.launcher,
-            "world": type(comm).__name__,
-            "ranks": [asdict(rank) for rank in world],
-            "collectives": [asdict(outcome) for outcome in outcomes],
-            "findings": [asdict(finding) for finding in wrong],
-        }
-    )
-
-
-def _text(
-    fit: bool, launch: Launch, comm: Communicator, world: Sequence[Facts], outcomes: Sequence[Collective],
-    wrong: Sequence[Finding],
-) -> str:  # fmt: skip
-    ranks = [
-        [
-            str(r.rank),
-            r.host,
-            r.device,
-            r.interface or "-",
-            r.address or "-",
-            str(r.threads),
-            r.python,
-            r.torch,
-            r.syncbn,
-        ]
-        for r in world
-    ]
-    shape = f"{plural(comm.size, 'rank')} on {plural(len(by_host(world)), 'host')}, started by {launch.launcher}"
+def _cluster_text(report: Report) -> str:
+    names = ["rank", "host", "device", "interface", "address", "threads", "python", "torch", "syncbn"]
+    ranks = [[str(getattr(rank, name)) or "-" for name in names] for rank in report.ranks]
+    hosts = plural(len(by_host(report.ranks)), "host")
     return "\n".join(
         [
-            shape,
+            f"{plural(len(ranks), 'rank')} on {hosts}, started by {report.launcher}",
             "",
-            table(["rank", "host", "device", "interface", "address", "threads", "python", "torch", "syncbn"], ranks),
+            table(names, ranks),
             "",
-            table(["all-reduce over", "tensor", "µs", ""], [_collective_row(outcome) for outcome in outcomes]),
+            table(
+                ["all-reduce over", "tensor", "µs", ""], [_collective_row(outcome) for outcome in report.collectives]
+            ),
             "",
-            *(f"{finding.severity}: {finding.text}" for finding in wrong),
-            "fit" if fit else "not fit",
+            *(f"{finding.severity}: {finding.text}" for finding in report.findings),
+            "fit" if report.fit else "not fit",
         ]
     )
 
 
 def _collective_row(outcome: Collective) -> list[str]:
+    took = "-" if outcome.seconds is None else f"{outcome.seconds * 1e6:.0f}"
+    if outcome.failed:
+        return [outcome.name, outcome.device, took, f"FAILED: {outcome.note}"]
     if outcome.seconds is None:
-        return [outcome.name, "-", "-", outcome.note]
-    verdict = f"FAILED: {outcome.note}" if outcome.failed else "sum is right"
-    return [outcome.name, outcome.device, f"{outcome.seconds * 1e6:.0f}", verdict]
+        return [outcome.name, "-", took, outcome.note]
+    return [outcome.name, outcome.device, took, "sum is right"]
