@@ -359,7 +359,7 @@ def test_an_ill_rank(launch, tmp_path, fault: str, seconds: int, words: dict[str
     [
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
         ({"GLOO_SOCKET_IFNAME": "nope0"}, "GLOO_SOCKET_IFNAME=nope0: no such interface"),
-        ({"MASTER_ADDR": "127.0.0.1"}, "could not be made"),  # nobody listens there
+        ({"MASTER_ADDR": "127.0.0.1"}, "error on rank 1"),  # nobody listens there
     ],
 )
 def test_a_world_that_cannot_be_made(env: dict[str, str], words: str) -> None:

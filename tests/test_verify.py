@@ -145,7 +145,7 @@ def test_the_exit_status(monkeypatch, capfd, form: list[str]) -> None:
     if form:
         assert not json.loads(said)["passed"]
     else:
-        assert "float32 contiguous equal: error of y is" in said
+        assert "float64 contiguous equal: error of y is" in said
         assert said.rstrip().endswith("FAILED")
 
 

@@ -29,6 +29,7 @@ from ._model import verify_model
 
 CHANNELS, PIXELS = 16, (5, 7)
 EPS, MOMENTUM = 1e-5, 0.1
+SHOWN = 10  # failures that are spelled out
 
 # What rounding to the dtype costs, with a margin of a few units in the last place.
 DTYPES = {
@@ -212,19 +213,27 @@ def _step(layer: Any, x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, comm: 
 
 
 def _print(rows: Sequence[Row], arguments: argparse.Namespace, launch: Launch, comm: Communicator, device: str) -> None:
-    passed = all(row.passed for row in rows)
     path = "compiled kernels" if kernels_for(torch.zeros(1, 1, device=device)) else "composed path"
     world = {"launcher": launch.launcher, "ranks": comm.size, "world": type(comm).__name__, "device": device}
     if arguments.json:
-        print(json.dumps({"passed": passed, **world, "path": path, "rows": [asdict(row) for row in rows]}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "passed": all(row.passed for row in rows),
+                    **world,
+                    "path": path,
+                    "rows": [asdict(row) for row in rows],
+                }
+            ),
+            flush=True,
+        )
         return
     of = f"{arguments.model} in float64" if arguments.model else "SyncBatchNorm"
     print(f"{of} on {plural(comm.size, 'rank')} ({type(comm).__name__}, {device}, {path}) against the whole batch\n")
     print(_model_table(rows) if arguments.model else _layer_table(rows))
-    for row in rows:
-        if not row.passed:
-            print(f"\n{row.verdict()}", end="")
-    print(f"\n{'passed' if passed else 'FAILED'}", flush=True)
+    wrong = [row.verdict() for row in rows if not row.passed]
+    more = [f"... and {len(wrong) - SHOWN} more (--json has all)"] if len(wrong) > SHOWN else []
+    print("\n".join(["", *wrong[:SHOWN], *more, "FAILED" if wrong else "passed"]), flush=True)
 
 
 def _layer_table(rows: Sequence[Row]) -> str:
