@@ -1,5 +1,7 @@
 from collections.abc import Sequence
 
+INTERFACE: int
+
 class SharedMemory:
     def __init__(self, ranks: Sequence[int], slot: int, token: int, process: int, descriptor: int) -> None: ...
     @property

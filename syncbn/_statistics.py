@@ -11,12 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._compiled import native
 from .errors import InputError
-
-try:
-    from . import _native
-except ImportError:  # installed without a compiler
-    _native = None  # type: ignore[assignment]
 
 
 def local_sums(centred: Tensor, pivot: Tensor, count: int) -> Tensor:
@@ -53,7 +49,7 @@ def statistics(total: Tensor, eps: float) -> Tensor:
     """
     if _is_native(total):  # a few hundred numbers: one call, not ten
         out = torch.empty_like(total)
-        if _native.statistics(total.data_ptr(), total.numel() // 2, eps, out.data_ptr()) == 1:
+        if native.statistics(total.data_ptr(), total.numel() // 2, eps, out.data_ptr()) == 1:
             raise one_value()
         return out
     mean, variance = mean_and_variance(total)
@@ -104,7 +100,7 @@ class Running(NamedTuple):
                 running.copy_(torch.where(count > 0, updated, running))
 
     def _update_native(self, total: Tensor) -> None:
-        _native.update_running(
+        native.update_running(
             total.data_ptr(), total.numel() // 2, float(self.momentum), *_address(self.mean), *_address(self.var)
         )
         for running in (self.mean, self.var):
@@ -120,7 +116,7 @@ def _address(t: Tensor | None) -> tuple[int, bool]:
 def _is_native(t: Tensor) -> bool:
     """Tell whether the compiled function can work on `t` by its address."""
     return (
-        _native is not None
+        native is not None
         and t.dtype in (torch.float32, torch.float64)
         and type(t) in (Tensor, torch.nn.Buffer)
         and t.is_cpu

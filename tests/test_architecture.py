@@ -14,6 +14,7 @@ ROOT = Path(syncbn.__file__).parent
 # Each layer imports those before it, and none of its own; `syncbn` itself only gathers the names.
 LAYERS = [
     {"errors"},
+    {"_compiled"},
     {"comm._protocol"},
     {"comm._single", "comm._threads", "comm._shared_memory", "comm._mpi", "comm._horovod"},
     {"comm._hosts"},
@@ -202,3 +203,14 @@ def test_public_names_are_there_and_documented(module, name):
 def test_every_error_has_the_root():
     for name in syncbn.errors.__all__:
         assert issubclass(getattr(syncbn.errors, name), syncbn.errors.SyncBatchNormError)
+
+
+def test_a_compiled_module_of_other_sources_is_refused():
+    """It would take addresses for others: an abort in malloc, later."""
+    code = (
+        "import sys, types; sys.modules['syncbn._native'] = types.ModuleType('old')\n"
+        "try:\n    import syncbn\n"
+        "except ImportError as error:\n    assert 'launch/setup.sh' in str(error), error\n"
+        "else:\n    sys.exit('imported')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=50)

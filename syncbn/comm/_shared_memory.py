@@ -7,19 +7,17 @@ import secrets
 from collections.abc import Sequence
 from datetime import timedelta
 from errno import EIO, ENOSYS
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from syncbn._compiled import native
 from syncbn.errors import BackendError, CollectiveError, GroupError
 
 from ._protocol import Communicator, SharedHandle, check_payload, part_of
 
-try:
-    from syncbn._native import SharedMemory as _Memory
-except ImportError:  # installed without a compiler, or not Linux
-    _Memory = None  # type: ignore[assignment, misc]
-
+_Memory: Any = getattr(native, "SharedMemory", None)  # None also where the system is not Linux
 AVAILABLE = _Memory is not None
 
 
@@ -89,7 +87,7 @@ class SharedMemory(SharedHandle):
         return SharedMemory(self, partition, timeout=timedelta(seconds=self.seconds))
 
 
-def _share(over: Communicator, part: list[int]) -> _Memory | None:
+def _share(over: Communicator, part: list[int]) -> Any:
     """Make memory on the first rank of `part`, open it on the others, and agree over all of `over` that it went well.
 
     Every rank makes the same two calls of `over`, whatever happens to it in between.
@@ -116,7 +114,7 @@ def _share(over: Communicator, part: list[int]) -> _Memory | None:
     return memory
 
 
-def _open(part: list[int], slot: int, token: int, process: int, descriptor: int) -> tuple[_Memory | None, int]:
+def _open(part: list[int], slot: int, token: int, process: int, descriptor: int) -> tuple[Any, int]:
     """Return the memory and 0, or None and the reason's errno."""
     if len(part) == 1:
         return None, 0
