@@ -65,6 +65,8 @@ class TorchDistributed(SharedHandle):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over the group."""
+        if self._cpu is not None and x.is_cpu and not torch.compiler.is_compiling():
+            return self._cpu.all_reduce(x)  # which checks x
         if self.size == 1:
             return x
         check_payload(x)
@@ -121,6 +123,7 @@ class _Plain(SharedHandle):
         self.size = dist.get_world_size(group)
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        check_payload(x)
         gathers = self.size <= _GATHER_AT_MOST and self.is_gloo(x.device.type)
         try:
             return self._gather_and_add(x) if gathers else self._reduce(x)

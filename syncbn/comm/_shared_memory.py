@@ -65,7 +65,7 @@ class SharedMemory(SharedHandle):
     def sum(self, x: Tensor, seconds: float) -> Tensor:
         """As `all_reduce`, with a deadline of its own."""
         check_payload(x)
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             raise GroupError(f"shared memory adds CPU tensors only, got one on {x.device}: use torch.distributed")
         if self._memory is None:
             return x
