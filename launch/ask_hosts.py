@@ -28,9 +28,9 @@ def main(hosts: str, timeout: str, wanted: str = "") -> None:
         with ThreadPoolExecutor(len(ranks)) as pool:
             answers = list(pool.map(lambda host: ask(host, port, float(timeout), wanted), ranks))
     names = [str(answer["host"]) for answer in answers]
-    for host, name in zip(ranks, names, strict=True):
-        if names.count(name) > 1:
-            raise HostError(f"{host} is {name}, and so is another of {hosts}: give each host once")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise HostError(f"{twice} is in --hosts {hosts} more than once")
     cores = [int(answer["cores"]) for answer in answers]
     threads = min(max(1, have // need) for have, need in zip(cores, ranks.values(), strict=True))
     crowded = any(need > have for have, need in zip(cores, ranks.values(), strict=True))

@@ -23,6 +23,7 @@ ask_hosts "$python"
 
 # --gloo: a Horovod built with MPI would else start mpirun.
 # --gloo-timeout-seconds: how far apart ranks may reach hvd.init(). 30 s, the default, is short on a busy machine.
+# (syncbn.init sets it anew, to its own timeout.)
 flags=(-np "$procs" --gloo --gloo-timeout-seconds 120)
 
 # Horovod's process sets forget the network interface and go by the host's own name: without these checks, a segmentation

@@ -140,9 +140,7 @@ def head(master: str, wanted: str = "") -> tuple[str, Interface, bool]:
             f"the head node {master!r} stands for {addresses[0]} on {HOST}, which is {HOST} itself: give the name or "
             f"address under which all hosts know the head node (/etc/hosts says what names stand for here)"
         )
-    raise HostError(
-        f"{HOST} does not know the name {master!r} of the head node: give its address, or add it to /etc/hosts"
-    )
+    raise HostError(f"{HOST} does not know the head node {master!r}: give its address, or add it to /etc/hosts")
 
 
 def describe(interface: Interface) -> dict[str, object]:

@@ -67,6 +67,10 @@ class Peer:
         """Speak first."""
         self._connection.sendall(GREETING)
 
+    def greeted(self) -> bool:
+        """Tell whether the other side speaks first, and what we expect."""
+        return self._connection.recv(len(GREETING)) == GREETING
+
     def send(self, message: Message) -> None:
         """Send; a peer that has gone is noticed when we read."""
         try:
@@ -137,8 +141,8 @@ def _server(port: int) -> socket.socket:
         return socket.create_server(("", port))
     except OSError as error:
         raise HostError(
-            f"port {port} of the head node {HOST} cannot be had ({error.strerror}): another job may have it, or this "
-            "one was started twice here; give another --port on every host"
+            f"port {port} of the head node {HOST} cannot be had ({os.strerror(error.errno or 0)}): another job may "
+            "have it, or this one was started twice here; give another --port on every host"
         ) from error
 
 
@@ -164,22 +168,20 @@ def _missing(args: argparse.Namespace, peers: dict[str, Peer]) -> str:
 def come(args: argparse.Namespace) -> Peer:
     """Go to the head node and wait for its word."""
     deadline = time.monotonic() + args.timeout
-    told, error = False, "no answer"
+    told, error = False, ""
     while (left := deadline - time.monotonic()) > 0:
         try:
             connection = socket.create_connection((args.head, args.port), min(left, 5), (args.address, 0))
-            if connection.recv(len(GREETING)) == GREETING:
-                head = Peer(connection, f"the head node {args.head}")
-                head.send({"host": HOST, "nodes": args.nodes})
-                verdict = head.receive(left + 5)  # the head node's own deadline, which may be later, comes first
-                if verdict is not None and verdict["problem"] is None:
-                    return head
-                head.close()
-                if verdict is not None:
-                    raise HostError(str(verdict["problem"]))
-            error = "another program has the port"
         except OSError as reason:
             error = reason.strerror or str(reason)
+        else:
+            head = Peer(connection, f"the head node {args.head}")
+            verdict, error = _ask(head, args, left)
+            if verdict is not None and verdict["problem"] is None:
+                return head
+            head.close()
+            if verdict is not None:
+                raise HostError(str(verdict["problem"]))
         if not told and left < args.timeout - 2:
             told = True
             say(f"no head node at {args.head} port {args.port} yet ({error}); waiting {args.timeout:g} s at most")
@@ -188,6 +190,21 @@ def come(args: argparse.Namespace) -> Peer:
         f"{HOST} could not meet the head node at {args.head} port {args.port} within {args.timeout:g} s, from its own "
         f"address {args.address} ({error}): start the same command there, check firewalls, or give another --interface"
     )
+
+
+def _ask(head: Peer, args: argparse.Namespace, left: float) -> tuple[Message | None, str]:
+    """Return the head node's word; or None and why there is none."""
+    error = "another program has the port"
+    try:
+        if head.greeted():
+            error = "the head node waits for others"
+            head.send({"host": HOST, "nodes": args.nodes})
+            return head.receive(
+                left + 5
+            ), "the head node has ended"  # its own deadline, which may be later, comes first
+    except OSError:
+        pass
+    return None, error
 
 
 class Run:
@@ -264,10 +281,13 @@ class Run:
             self._process.wait()
 
     def _ranks(self) -> list[int]:
-        threads = Path(f"/proc/{self._process.pid}/task").glob("*/children")
+        """Return the processes that torchrun has started and that live; where it hangs it does not bury the dead."""
+        proc = Path("/proc")
         try:
-            return [int(child) for thread in threads for child in thread.read_text().split()]
-        except OSError:  # a thread has ended just now
+            threads = [thread.read_text() for thread in proc.glob(f"{self._process.pid}/task/*/children")]
+            children = " ".join(threads).split()
+            return [int(child) for child in children if ") Z " not in (proc / child / "stat").read_text()]
+        except OSError:  # one of them has ended just now
             return self._ranks()
 
 

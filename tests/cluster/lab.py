@@ -1,6 +1,6 @@
 """Hosts on one machine: each a set of Linux namespaces with a hostname, an address, an /etc/hosts and an sshd.
 
-They share the machine's disk and cores. A host lives as long as one process of ours, its init: when that is killed, or
+They share the machine's disk, but for their temporary files, and its cores. A host lives as long as one process of ours, its init: when that is killed, or
 pytest dies in any way, the kernel kills whatever runs on the host and removes its network. Nothing is left to clean up,
 nothing in the machine's own network changes, and no name is taken, so that several labs can run at a time.
 """
@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+TMPDIR = "/var/tmp"  # of its own on each host
 
 # What a host's own name stands for in its /etc/hosts: its address; 127.0.1.1, as in Debian; or it is not there.
 OWN_NAMES = ("address", "loopback", "missing")
@@ -85,7 +87,8 @@ class Host:
         output = self._folder / f"{self.name}.{len(self._jobs)}.out"
         python = str(Path(sys.executable).parent)
         enter = ["nsenter", f"--target={self._init}", "--all", "env", f"--chdir={cwd}", *command]
-        environment = {**os.environ, "PATH": f"{python}:{os.environ['PATH']}:/usr/sbin:/sbin", **(env or {})}
+        path = f"{python}:{os.environ['PATH']}:/usr/sbin:/sbin"
+        environment = {**os.environ, "PATH": path, "TMPDIR": TMPDIR, **(env or {})}
         with output.open("wb") as file:
             process = subprocess.Popen(
                 enter, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
@@ -104,7 +107,7 @@ class Host:
         return job
 
     def processes(self) -> dict[int, str]:
-        """Return the command of every process on the host, by its number there, without init and the daemons."""
+        """Return the command of every process on the host, by its number there, without init and those of sshd."""
         found = {}
         proc = Path(f"/proc/{self._init}/root/proc")
         for entry in proc.iterdir():
@@ -113,7 +116,7 @@ class Host:
                     command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                 except OSError:  # ended in the meantime
                     continue
-                if command and not command.startswith("sshd: /usr/sbin/sshd"):  # empty: a zombie
+                if command and not command.startswith("sshd:"):  # empty: a zombie
                     found[int(entry.name)] = command
         return found
 
@@ -125,7 +128,7 @@ class Host:
         return len(chosen)
 
     def wait_until_empty(self, seconds: float) -> None:
-        """Wait until no process is left on the host but its daemons; the test fails if that takes longer."""
+        """Wait until no process is left on the host but sshd's; the test fails if that takes longer."""
         deadline = time.monotonic() + seconds
         while left := self.processes():
             if time.monotonic() > deadline:
@@ -163,6 +166,8 @@ def lab(count: int, folder: Path, *, own_name: str = "address") -> Iterator[list
             name, address = f"node{number}", f"10.77.0.{number}"
             (folder / f"{name}.hosts").write_text(_hosts_file(number, count, own_name))
             mounts = f"mount --bind {folder}/{name}.hosts /etc/hosts && mount --bind {ssh}/config /etc/ssh/ssh_config"
+            # Launchers name files there after the host and the process, and other labs have the same names and numbers.
+            mounts += f" && mount -t tmpfs tmpfs {TMPDIR} && mount -t tmpfs tmpfs /dev/shm"
             host = stack.enter_context(_namespaces(name, mounts, folder, address))
             host._switch = switch
             _plug_in(host, switch)
@@ -231,4 +236,5 @@ def _make_ssh(folder: Path, count: int) -> None:
     (folder / "sshd_config").write_text(
         f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\nPidFile none\nUsePAM no\nUseDNS no\n"
         "PermitRootLogin prohibit-password\nPasswordAuthentication no\nStrictModes no\nMaxStartups 100\n"
+        f"SetEnv TMPDIR={TMPDIR}\n"
     )
