@@ -32,6 +32,8 @@ case $version in
     ((EUID)) || settings+=(OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1)
     if [[ $hosts ]]; then
       flags+=(--host "$hosts" --mca btl_tcp_if_include "$networks" --prtemca prte_if_include "$networks")
+      # A cut link: ssh ends after 30 s, and mpirun with it; else when the kernel gives its connections up, in 15 minutes.
+      flags+=(--prtemca plm_ssh_args "-o ServerAliveInterval=10 -o ServerAliveCountMax=3")
       # Ranks wait awake. On one host Open MPI sees that they outnumber the cores and lets them give way.
       ((! crowded)) || flags+=(--mca mpi_yield_when_idle 1)
       # Ranks on other hosts get none of our variables but those named.
