@@ -1,9 +1,9 @@
 """Hosts on one machine: each a set of Linux namespaces with a hostname, an address, an /etc/hosts and an sshd.
 
 They share the machine's cores, and its disk but for temporary files. A host lives as long as one process of ours, its
-init: when that is killed, or pytest dies in any way, the kernel kills whatever runs on the host and removes its network.
-Nothing is left to clean up, nothing in the machine's own network changes, and no name is taken, so that several labs can
-run at a time.
+init: when that is killed, or pytest dies in any way, the kernel kills all that runs on the host and takes its network
+away. Nothing is left to clean up, the machine's own network stays as it is, and no name is taken: several labs can run
+at a time.
 """
 
 from __future__ import annotations
