@@ -1,4 +1,4 @@
-"""launch/mpirun.sh with MPICH, over two hosts. The project's .venv has Open MPI: MPICH gets an environment of its own."""
+"""launch/mpirun.sh with MPICH, over two hosts. The project's .venv has Open MPI: MPICH gets one of its own."""
 
 from __future__ import annotations
 
