@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
-# Usage: launch/test.sh [ARGUMENT ...]
+# Usage: launch/test.sh [--cluster] [ARGUMENT ...]
 #
 # Everything that is checked before a commit, here and in CI: sets up .venv with the development tools and Horovod, then
 # runs ruff, mypy, shellcheck and pytest. The arguments go to pytest: launch/test.sh -k convert
+#
+# Options:
+#   --cluster   instead, jobs over several hosts, which are network namespaces of this one (tests/cluster). They need root,
+#               and the Debian packages below, which this installs
+#   --help      this text
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-[[ ${1-} != -h && ${1-} != --help ]] || { print_help && exit; }
+cluster='' cluster_packages=(iproute2 openssh-server slurmctld slurmd slurm-client munge)
+case ${1-} in
+  -h | --help) print_help && exit ;;
+  --cluster) cluster=yes && shift ;;
+esac
 
 cd "$root"
 launch/setup.sh --dev
@@ -17,6 +26,15 @@ check() {
   say "$*"
   "$@"
 }
+if [[ $cluster ]]; then
+  if ((EUID == 0)) && command -v apt-get >/dev/null && ! dpkg -s "${cluster_packages[@]}" >/dev/null 2>&1; then
+    say "installing ${cluster_packages[*]}"
+    apt-get -qq update
+    DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends "${cluster_packages[@]}" >/dev/null
+  fi
+  check python -m pytest tests/cluster "$@"
+  exit
+fi
 check ruff check
 check ruff format --check
 check mypy

@@ -62,6 +62,8 @@ class Horovod(SharedHandle):
         os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
         os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(min(60, seconds // 2)))
         os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(seconds))
+        # A cut link. horovodrun always sets it, to 30 s: short, on a busy machine, for ranks to meet in hvd.init().
+        os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(seconds)
         hvd.init()
         return cls()
 
