@@ -28,49 +28,94 @@ use_environment() {
   fi
 }
 
-launcher_options() {
+# The options that the launchers share follow each one's own in its help.
+print_launcher_help() {
+  print_help
   cat <<'END'
-
-Options:
-  --procs-per-node N  processes to start on this host
-  --dry-run           print the command and stop
+  --procs-per-node N  ranks to start on a host
+  --interface NAME    network interface between the hosts; else the one that the route to the head node takes
+  --timeout SECONDS   how long to wait for the other hosts (300)
+  --preflight         first run `python -m syncbn doctor` as the same job, and start the script only if all is well
+  --dry-run           print the command and stop; no process is started on any host
   --help              this text
   -- SCRIPT ...       a Python script, or -m MODULE, and its arguments
 
-Uses .venv in the repository root if it is there (launch/setup.sh makes it), else the active environment. Each process
-gets OMP_NUM_THREADS = cores / N threads, unless that is set. A process that fails ends the whole job, and the exit
-status is then not 0.
+Uses .venv in the repository root if it is there (launch/setup.sh makes it), else the active environment; it and the
+script have the same path on every host. Each rank gets OMP_NUM_THREADS = cores / ranks of its host, unless that is set.
+A rank that fails ends the whole job, and the exit status is then not 0.
 END
 }
 
-# Reads the command line of a launcher into `procs`, `dry_run` and the array `script`.
-parse_job() {
-  procs='' dry_run=''
+# Reads a launcher's command line: the value of --some-option into the variable some_option, for the options named and
+# those that all share; dry_run, preflight and the array `script`.
+parse_job() { # "OPTION ..." ARGUMENT ...
+  local known=" $1 procs-per-node interface timeout " name
+  shift
+  procs_per_node='' interface='' timeout=300 dry_run='' preflight='' settings=()
   while (($#)) && [[ $1 != -- ]]; do
+    name=${1#--} && name=${name%%=*}
     case $1 in
-      -h | --help) print_help && launcher_options && exit ;;
+      -h | --help) print_launcher_help && exit ;;
       --dry-run) dry_run=yes ;;
-      --procs-per-node=*) procs=${1#*=} ;;
-      --procs-per-node) procs=${2-} && shift ;;
+      --preflight) preflight=yes ;;
+      --*=*) option "$name" "${1#*=}" ;;
+      --*) option "$name" "${2-}" && shift ;;
       *) usage_error "unknown option $1: the script and its arguments stand after --" ;;
     esac
-    shift || break # --procs-per-node was the last word: the check of its value says so
+    shift || break # an option without its value was the last word: the check of the value says so
   done
-  [[ $procs =~ ^[1-9][0-9]*$ ]] || usage_error "expected --procs-per-node N with N of 1 or more, got '$procs'"
+  number timeout 1
   script=("${@:2}")
+}
+
+option() { # NAME VALUE
+  [[ $known == *" $1 "* ]] || usage_error "unknown option --$1: the script and its arguments stand after --"
+  printf -v "${1//-/_}" %s "$2"
+}
+
+number() { # OPTION LEAST
+  local value=${1//-/_}
+  if ! [[ ${!value} =~ ^[0-9]+$ ]] || ((10#${!value} < $2)); then
+    usage_error "expected --$1 N with N of $2 or more, got '${!value}'"
+  fi
+}
+
+check_script() {
   ((${#script[@]})) || usage_error "no script: expected -- SCRIPT [ARGUMENT ...] after the options"
   [[ ${script[0]} == -m || -f ${script[0]} ]] || die "no such script: '${script[0]}' (looked in $PWD)"
 }
 
-# Becomes the launcher, with the variables in the array `settings` added to the environment:  launch COMMAND ...
-launch() {
-  # Every process would else start a thread for each core, or, under torchrun, only one.
-  local threads=$(($(nproc) / procs))
-  settings+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}")
-  local job=(env "${settings[@]}" "$@" "${script[@]}")
-  if [[ $dry_run ]]; then
-    printf '%q ' "${job[@]}" && echo
+# For launchers that reach the other hosts by ssh: sets `procs`, in all, and `threads`, of each; with --hosts also
+# `crowded` (more ranks than cores somewhere), `interfaces`, `networks` and `misnamed`, as launch/ask_hosts.py says.
+ask_hosts() { # PYTHON
+  if [[ $hosts && $procs_per_node ]]; then
+    usage_error "--hosts says how many ranks each host has: leave --procs-per-node out"
+  elif [[ $hosts ]]; then
+    local answer
+    answer=$("$1" "$root/launch/ask_hosts.py" "$hosts" "$timeout" "$interface" 2>&1) || die "$answer"
+    # shellcheck disable=SC2034 # the launchers use them
+    read -r procs threads crowded interfaces networks misnamed <<<"$answer"
   else
-    exec "${job[@]}"
+    number procs-per-node 1
+    procs=$procs_per_node threads=$(threads_each "$procs")
   fi
+}
+
+threads_each() { # RANKS: of this host, for each of so many ranks
+  local threads=$(($(nproc) / $1))
+  echo $((threads > 0 ? threads : 1))
+}
+
+# Becomes the launcher, with the variables in the array `settings` added to the environment.
+launch() { # COMMAND ...
+  local command=(env "${settings[@]}" "$@") doctor=(-m syncbn doctor)
+  if [[ $dry_run ]]; then
+    [[ ! $preflight ]] || { printf '%q ' "${command[@]}" "${doctor[@]}" && echo; }
+    printf '%q ' "${command[@]}" "${script[@]}" && echo
+    exit
+  fi
+  if [[ $preflight ]]; then
+    "${command[@]}" "${doctor[@]}" || die "the preflight failed (exit status $?), see above: ${script[*]} was not started"
+  fi
+  exec "${command[@]}" "${script[@]}"
 }

