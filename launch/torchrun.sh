@@ -56,5 +56,5 @@ rendezvous=(
   # What this host announces to the others if rank 0 is here; its own name, else.
   --local-addr="$address"
 )
-launch "$python" "$root/launch/meet.py" --head "$head" --port "$port" --address "$address" --is-head "$is_head" \
+launch "$python" "$root/launch/together.py" --head "$head" --port "$port" --address "$address" --is-head "$is_head" \
   --nodes "$nodes" --timeout "$timeout" -- "$torchrun" "${rendezvous[@]}" "${ranks[@]}"
