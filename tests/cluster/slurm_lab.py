@@ -20,7 +20,7 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 # linuxproc and no plugin for tasks: no systemd, the machine's own cgroups. %n: the nodes share one disk.
 SETTINGS = """
 ClusterName=lab
-SlurmctldHost=node1
+SlurmctldHost={head.name}({head.address})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -109,9 +109,11 @@ class Cluster:
         self.hosts = hosts
         self._folder = folder
 
-    def submit(self, *arguments: str, tasks: int = 2, env: dict[str, str] | None = None, cwd: Path = ROOT) -> Batch:
-        """Submit `sbatch` with these arguments for all hosts, `tasks` on each."""
-        size = ("--nodes", str(len(self.hosts)), "--ntasks-per-node", str(tasks))
+    def submit(
+        self, *arguments: str, tasks: int | None = 2, env: dict[str, str] | None = None, cwd: Path = ROOT
+    ) -> Batch:
+        """Submit `sbatch` with these arguments for all hosts, `tasks` on each unless None."""
+        size = ["--nodes", str(len(self.hosts)), *([] if tasks is None else ["--ntasks-per-node", str(tasks)])]
         output = ("--output", f"{self._folder}/job.%j.out")
         job = self.head.run("sbatch", "--parsable", *size, *output, *arguments, env=env, cwd=cwd)
         assert job.returncode == 0, job.stdout
@@ -145,7 +147,7 @@ def slurm(hosts: Sequence[Host]) -> Iterator[Cluster]:
             (folder / f"tmp.{host.name}").mkdir()
         (folder / "state").mkdir()
         nodes = [f"NodeName={h.name} NodeAddr={h.address} CPUs=2 RealMemory=1000 State=UNKNOWN" for h in hosts]
-        (folder / "slurm.conf").write_text(SETTINGS.format(folder=folder) + "\n".join(nodes) + "\n")
+        (folder / "slurm.conf").write_text(SETTINGS.format(folder=folder, head=hosts[0]) + "\n".join(nodes) + "\n")
         with patch.dict(os.environ, SLURM_CONF=str(folder / "slurm.conf")):  # what runs on a host has our environment
             _start_munge(hosts[0], folder)
             hosts[0].check("slurmctld", "-i")

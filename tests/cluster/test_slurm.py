@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from cluster.lab import Host
+from cluster.lab import ROOT, Host
 from cluster.slurm_lab import Cluster, missing_tool, slurm
 from conftest import run_job
 
@@ -81,6 +84,14 @@ def test_two_nodes_train_like_one_process(cluster, tmp_path, whole_batch, script
     assert cluster.wait_until_idle(5) < 5
 
 
+@pytest.mark.parametrize("own_name", ["loopback", "missing"])
+@both
+def test_the_own_name_of_a_node_does_not_matter(hosts, job, script, own_name) -> None:
+    with slurm(hosts(2, own_name=own_name)) as cluster:
+        running = cluster.submit(script, job, "os._exit(7)").wait_for("rank 3 of 4 on node2", 60).wait(20)
+        assert running.state == "FAILED"
+
+
 def test_local_batch_norm_does_not(cluster, tmp_path, whole_batch) -> None:
     """Negative control."""
     options = ("--images-per-process", "1", "--norm", "batch", "--output", str(tmp_path / "run"))
@@ -113,3 +124,139 @@ def test_scancel_leaves_no_process(cluster, job, script) -> None:
     cluster.head.check("scancel", running.number)
     assert running.wait(20).state == "CANCELLED"
     assert cluster.wait_until_idle(15) < 15
+
+
+@both
+def test_more_nodes_than_there_are(cluster, script) -> None:
+    """SLURM itself says why the job waits."""
+    submitted = cluster.submit("--nodes", "3", script, DETECTOR)
+    time.sleep(2)  # a round of the scheduler
+    assert submitted.state == "PENDING"
+    assert submitted.field("Reason").startswith("Partition")
+    cluster.head.check("scancel", submitted.number)
+
+
+def test_a_node_that_is_lost_before_the_start(cluster, job) -> None:
+    assert cluster.hosts[1].kill("slurmd") == 1
+    lost = cluster.submit(SRUN, job, "pass").wait(60)
+    assert lost.state == "FAILED"
+    assert "failed on node node2" in lost.stdout
+    assert "rank 0" not in lost.stdout
+
+
+@pytest.mark.parametrize(
+    ("tasks", "came"),
+    [(None, "SLURM_TASKS_PER_NODE=2,1 and SLURM_NTASKS=3"), (2, "SLURM_TASKS_PER_NODE=2(x2) and SLURM_NTASKS=3")],
+)
+def test_torchrun_wants_as_many_ranks_on_each_node(cluster, job, tasks, came) -> None:
+    unequal = cluster.submit("--ntasks", "3", TORCHRUN, "--dry-run", job, tasks=tasks).wait(20)
+    assert unequal.state == "FAILED"
+    assert f"got {came}" in unequal.stdout
+    assert "give sbatch --ntasks-per-node P" in unequal.stdout
+
+
+def test_srun_does_not(cluster, job) -> None:
+    unequal = cluster.submit("--ntasks", "3", SRUN, job, "pass", tasks=None).wait_for("rank 2 of 3 on node2", 60)
+    cluster.head.check("scancel", unequal.number)
+
+
+@both
+def test_dry_run_prints_the_command(cluster, job, script) -> None:
+    dry = cluster.submit("--cpus-per-task", "1", script, "--dry-run", job, "an argument").wait(20)
+    assert dry.state == "COMPLETED"
+    command = shlex.split(dry.stdout)
+    assert command[:2] == ["srun", "--kill-on-bad-exit=1"]
+    assert command[-2:] == [job, "an argument"]
+    if script == TORCHRUN:
+        assert "--nodes 2 --procs-per-node 2 --master node1 --port 20001 --" in dry.stdout
+        assert "--cpus-per-task=2" in command
+    else:
+        assert "--cpus-per-task=1" in command
+
+
+@both
+def test_a_port_in_use(cluster, job, script) -> None:
+    cluster.head.start("python3", "-c", "import socket, time; s = socket.create_server(('', 20001)); time.sleep(60)")
+    refused = cluster.submit(script, job, "pass").wait(60)
+    assert refused.state == "FAILED"
+    assert "port 20001" in refused.stdout
+    assert "rank 0" not in refused.stdout
+
+
+@both
+def test_a_port_of_ones_own(cluster, job, script) -> None:
+    cluster.submit(script, job, "os._exit(0)", env={"MASTER_PORT": "29400"}).wait_for("rank 3 of 4 on node2", 60)
+    assert cluster.head.run("ss", "--listening", "--numeric", "--tcp", "sport", "=", "29400").stdout.count("29400") > 0
+
+
+@both
+def test_without_scontrol(cluster, tmp_path, job, script) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for file in Path("/usr/bin").iterdir():
+        if file.name != "scontrol":
+            (programs / file.name).symlink_to(file)
+    submit = cluster.head.run(
+        "sbatch", "--wait", "--nodes", "2", "--output", f"{tmp_path}/out", script, job, env={"PATH": str(programs)}
+    )
+    assert submit.returncode == 1, submit.stdout
+    assert "error: scontrol not found on node1: install SLURM's client commands" in (tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize("given", [(), ("SLURM_JOB_ID",), ("SLURM_JOB_ID", "SLURM_JOB_NODELIST")])
+@both
+def test_outside_an_allocation(script, given) -> None:
+    outside = run_job(["bash", script, DETECTOR], seconds=10, env=dict.fromkeys(given, "1"))
+    assert outside.returncode == 1
+    missing = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_TASKS_PER_NODE")[len(given)]
+    assert f"{missing} is not set" in outside.stdout
+    assert "sbatch --nodes 2" in outside.stdout
+
+
+def test_a_rank_outside_a_step() -> None:
+    outside = run_job(
+        ["bash", "launch/slurm-rank.sh", DETECTOR], seconds=10, env={"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}
+    )
+    assert outside.returncode == 1
+    assert "SLURM_STEP_NUM_TASKS is not set: this is no step of a SLURM job; start it with srun" in outside.stdout
+
+
+def test_the_batch_script_is_not_copied_alone(cluster, tmp_path, job) -> None:
+    copy = tmp_path / "slurm.sbatch"
+    shutil.copy(ROOT / TORCHRUN, copy)
+    lost = cluster.submit(str(copy), job).wait(20)
+    assert lost.state == "FAILED"
+    assert f"no slurm-common.sh beside '{copy}': give launch/slurm.sbatch itself to sbatch" in lost.stdout
+
+
+MPI_JOB = """
+import os, syncbn, torch
+comm = syncbn.init("mpi")
+total = comm.all_reduce(torch.ones(1, dtype=torch.float64)).item()
+print(f"MPI: {total:g} ranks, one on {os.uname().nodename}", flush=True)
+"""
+
+
+def test_plain_srun_with_open_mpi_is_refused(cluster, tmp_path) -> None:
+    """It makes a world of each task. The control: MPI itself has no objection."""
+    (tmp_path / "job.py").write_text(MPI_JOB)
+    silent = "from mpi4py import MPI; print(MPI.COMM_WORLD.size)"
+    srun = ("srun", "--nodes", "2", "--ntasks", "2", "--kill-on-bad-exit=1", sys.executable)
+    assert cluster.head.run(*srun, "-c", silent).stdout.split() == ["1", "1"]
+    refused = cluster.head.run(*srun, str(tmp_path / "job.py"))
+    assert refused.returncode != 0
+    assert "srun started 2 processes" in refused.stdout
+    assert "but the mpi world has 1: start the job with launch/mpirun.sh" in refused.stdout
+    assert "ranks, one on" not in refused.stdout
+
+
+def test_mpirun_in_an_allocation(cluster, tmp_path) -> None:
+    """mpirun asks SLURM for the nodes and starts its daemons with srun: no ssh, no list of hosts."""
+    (tmp_path / "job.py").write_text(MPI_JOB)
+    (tmp_path / "job.sbatch").write_text(
+        f"#!/bin/bash\nexec launch/mpirun.sh --procs-per-node 4 -- {tmp_path}/job.py\n"
+    )
+    job = cluster.submit(str(tmp_path / "job.sbatch")).wait(60)
+    assert job.state == "COMPLETED", job.stdout
+    for node in ("node1", "node2"):
+        assert job.stdout.count(f"MPI: 4 ranks, one on {node}") == 2
