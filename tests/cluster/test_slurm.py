@@ -162,15 +162,17 @@ def test_srun_does_not(cluster, job) -> None:
 
 @both
 def test_dry_run_prints_the_command(cluster, job, script) -> None:
-    dry = cluster.submit("--cpus-per-task", "1", script, "--dry-run", job, "an argument").wait(20)
+    option = ("--timeout", "20") if script == TORCHRUN else ("--interface=eth0",)
+    dry = cluster.submit("--cpus-per-task", "1", script, "--dry-run", *option, job, "an argument").wait(20)
     assert dry.state == "COMPLETED"
     command = shlex.split(dry.stdout)
-    assert command[:2] == ["srun", "--kill-on-bad-exit=1"]
+    assert command[:3] == ["env", "srun", "--kill-on-bad-exit=1"]
     assert command[-2:] == [job, "an argument"]
     if script == TORCHRUN:
-        assert "--nodes 2 --procs-per-node 2 --master node1 --port 20001 --" in dry.stdout
+        assert "launch/torchrun.sh --nodes 2 --procs-per-node 2 --master node1 --timeout=20 --" in dry.stdout
         assert "--cpus-per-task=2" in command
     else:
+        assert "launch/slurm-rank.sh --interface=eth0 --" in dry.stdout
         assert "--cpus-per-task=1" in command
 
 
@@ -179,13 +181,14 @@ def test_a_port_in_use(cluster, job, script) -> None:
     cluster.head.start("python3", "-c", "import socket, time; s = socket.create_server(('', 20001)); time.sleep(60)")
     refused = cluster.submit(script, job, "pass").wait(60)
     assert refused.state == "FAILED"
-    assert "port 20001" in refused.stdout
+    assert re.search("port 20001 of (the head node )?node1 cannot be had", refused.stdout)
+    assert "another job may have it" in refused.stdout
     assert "rank 0" not in refused.stdout
 
 
 @both
 def test_a_port_of_ones_own(cluster, job, script) -> None:
-    cluster.submit(script, job, "os._exit(0)", env={"MASTER_PORT": "29400"}).wait_for("rank 3 of 4 on node2", 60)
+    cluster.submit(script, "--port", "29400", job, "pass").wait_for("rank 3 of 4 on node2", 60)
     assert cluster.head.run("ss", "--listening", "--numeric", "--tcp", "sport", "=", "29400").stdout.count("29400") > 0
 
 
@@ -200,7 +203,27 @@ def test_without_scontrol(cluster, tmp_path, job, script) -> None:
         "sbatch", "--wait", "--nodes", "2", "--output", f"{tmp_path}/out", script, job, env={"PATH": str(programs)}
     )
     assert submit.returncode == 1, submit.stdout
-    assert "error: scontrol not found on node1: install SLURM's client commands" in (tmp_path / "out").read_text()
+    assert "error: no scontrol on node1: install SLURM's client commands" in (tmp_path / "out").read_text()
+
+
+@both
+def test_a_wrong_interface(cluster, job, script) -> None:
+    refused = cluster.submit(script, "--interface", "ib0", job, "pass").wait(60)
+    assert refused.state == "FAILED"
+    assert "has no interface 'ib0' with an IPv4 address: it has eth0 (10.77.0." in refused.stdout
+    assert "rank 0" not in refused.stdout
+
+
+@both
+def test_a_firewall(cluster, job, script) -> None:
+    """Node 2 gets no packet to the port that the ranks meet at; SLURM itself is not disturbed."""
+    cluster.hosts[1].check("ip", "rule", "add", "ipproto", "tcp", "dport", "20001", "unreachable")
+    option = ["--timeout", "5"] if script == TORCHRUN else []
+    refused = cluster.submit(script, *option, job, "pass").wait(60)
+    assert refused.state == "FAILED"
+    assert "10.77.0.1 port 20001" in refused.stdout
+    assert "check firewalls" in refused.stdout
+    assert "rank 0" not in refused.stdout
 
 
 @pytest.mark.parametrize("given", [(), ("SLURM_JOB_ID",), ("SLURM_JOB_ID", "SLURM_JOB_NODELIST")])
@@ -226,7 +249,7 @@ def test_the_batch_script_is_not_copied_alone(cluster, tmp_path, job) -> None:
     shutil.copy(ROOT / TORCHRUN, copy)
     lost = cluster.submit(str(copy), job).wait(20)
     assert lost.state == "FAILED"
-    assert f"no slurm-common.sh beside '{copy}': give launch/slurm.sbatch itself to sbatch" in lost.stdout
+    assert f"no slurm-common.sh beside '{copy}': submit slurm.sbatch where it is" in lost.stdout
 
 
 MPI_JOB = """
