@@ -46,8 +46,8 @@ read_hosts() { # LIST
   mapfile -t hosts <<<"$listed"
 }
 
-# What a batch script is told of its job: the array `hosts`, and `srun`, how to start a step of it.
-# shellcheck disable=SC2034
+# What a batch script is told of its job: the array `hosts`, and `srun`, how to start a step of it; each task runs `task`.
+# shellcheck disable=SC2034 # the scripts read what this sets
 read_allocation() {
   need "there is no allocation here; submit this file: sbatch --nodes 2 --ntasks-per-node 1 $0 SCRIPT" \
     SLURM_JOB_ID SLURM_JOB_NODELIST SLURM_TASKS_PER_NODE
@@ -55,4 +55,5 @@ read_allocation() {
   # --kill-on-bad-exit: the other ranks would else wait for one that failed. --export: sbatch --export=NONE would else
   # hold for the steps, too. --cpu-bind: a task, or a torchrun and its ranks, may use all the cores that it was given.
   srun=(srun --kill-on-bad-exit=1 --export=ALL --cpu-bind=none)
+  task=$root/launch/slurm-task.sh
 }

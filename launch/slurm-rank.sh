@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: srun --kill-on-bad-exit=1 launch/slurm-rank.sh [OPTION ...] SCRIPT [ARGUMENT ...]
+# Usage: srun --kill-on-bad-exit=1 launch/slurm-task.sh launch/slurm-rank.sh [OPTION ...] SCRIPT [ARGUMENT ...]
 #
 # What each task of launch/slurm-srun.sbatch runs, for batch scripts of your own, too: finds how this node reaches the
 # others, tells PyTorch and syncbn.init() by MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, sets
