@@ -13,6 +13,6 @@ trap 'terminated=yes' TERM
 
 "$@" && exit
 status=$?
-sleep 0.5
+read -rt 0.5 <> <(:) # a sleep that says nothing when it is terminated
 [[ ! $terminated ]] || status=1
 exit "$status"

@@ -92,14 +92,6 @@ def test_the_own_name_of_a_node_does_not_matter(hosts, job, script, own_name) ->
         assert running.state == "FAILED"
 
 
-def test_local_batch_norm_does_not(cluster, tmp_path, whole_batch) -> None:
-    """Negative control."""
-    options = ("--images-per-process", "1", "--norm", "batch", "--output", str(tmp_path / "run"))
-    job = cluster.submit(SRUN, DETECTOR, *options, *QUICK).wait(120)
-    assert job.state == "COMPLETED", job.stdout
-    assert ((losses(tmp_path / "run") - whole_batch).abs() / whole_batch.abs()).max() > 1e-3
-
-
 FAILURES = [
     ("raise ArithmeticError('rank 3 is ill')", "ArithmeticError: rank 3 is ill"),
     ("os.kill(os.getpid(), 9)", r"(Killed|exitcode *: -9)"),
@@ -175,6 +167,22 @@ def test_dry_run_prints_the_command(cluster, job, script) -> None:
     else:
         assert "launch/slurm-rank.sh --interface=eth0 --" in dry.stdout
         assert "--cpus-per-task=1" in command
+
+
+@both
+def test_the_preflight_comes_first(cluster, job, script) -> None:
+    well = cluster.submit(script, "--preflight", job, "pass").wait_for("rank 3 of 4 on node2", 90)
+    before, _, _ = well.stdout.partition("rank 3 of 4")
+    assert "node1" in before
+    assert "gloo" in before.lower()
+
+
+@both
+def test_a_preflight_that_fails_keeps_the_script_from_starting(cluster, job, script) -> None:
+    """The layer's switch has a value that nothing accepts: doctor, too, cannot start."""
+    ill = cluster.submit(script, "--preflight", job, "pass", env={"PYTHONHOME": "/nowhere"}).wait(60)
+    assert ill.state == "FAILED"
+    assert "rank 0" not in ill.stdout
 
 
 @both
