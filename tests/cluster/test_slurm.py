@@ -179,10 +179,9 @@ def test_the_preflight_comes_first(cluster, job, script) -> None:
 
 @both
 def test_a_preflight_that_fails_keeps_the_script_from_starting(cluster, job, script) -> None:
-    """The layer's switch has a value that nothing accepts: doctor, too, cannot start."""
-    ill = cluster.submit(script, "--preflight", job, "pass", env={"PYTHONHOME": "/nowhere"}).wait(60)
+    ill = cluster.submit(script, "--preflight", "--interface", "ib0", job, "pass").wait(60)
     assert ill.state == "FAILED"
-    assert "rank 0" not in ill.stdout
+    assert f"the preflight failed (exit status 1), see above: {job} pass was not started" in ill.stdout
 
 
 @both
