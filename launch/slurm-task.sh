@@ -11,8 +11,9 @@ terminated=''
 trap : HUP INT USR1 USR2
 trap 'terminated=yes' TERM
 
-"$@" && exit
+exec 3>&2 2>/dev/null # bash's own notices of signals
+"$@" 2>&3 3>&- && exit
 status=$?
-read -rt 0.5 <> <(:) # a sleep that says nothing when it is terminated
+read -rt 0.5 <> <(:) # half a second, without a process to terminate
 [[ ! $terminated ]] || status=1
 exit "$status"
