@@ -94,7 +94,7 @@ def test_the_own_name_of_a_node_does_not_matter(hosts, job, script, own_name) ->
 
 FAILURES = [
     ("raise ArithmeticError('rank 3 is ill')", "ArithmeticError: rank 3 is ill"),
-    ("os.kill(os.getpid(), 9)", r"(Killed|exitcode *: -9)"),
+    ("os.kill(os.getpid(), 9)", r"(exit code 137|exitcode *: -9)"),
     ("sys.exit(7)", r"(exit code 7|exitcode *: 7)"),
 ]
 
@@ -212,6 +212,20 @@ def test_without_scontrol(cluster, tmp_path, job, script) -> None:
     )
     assert submit.returncode == 1, submit.stdout
     assert "error: no scontrol on node1: install SLURM's client commands" in (tmp_path / "out").read_text()
+
+
+def test_a_signal_reaches_the_script_alone(cluster, tmp_path) -> None:
+    """As `sbatch --signal` sends it before the time is up. The scripts around it must not die of it."""
+    (tmp_path / "job.py").write_text(
+        "import signal, sys\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(print('time to save', flush=True)))\n"
+        "print('ready', flush=True)\n"
+        "while True: signal.pause()\n"
+    )
+    job = cluster.submit(SRUN, f"{tmp_path}/job.py", tasks=1).wait_for("ready\nready", 30)
+    cluster.head.check("scancel", "--signal", "USR1", job.number)
+    assert job.wait(20).state == "COMPLETED", job.stdout
+    assert job.stdout.count("time to save") == 2
 
 
 def test_last_words_are_not_lost(cluster) -> None:
