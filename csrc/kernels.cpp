@@ -86,22 +86,28 @@ struct Tensors {
 
     int64_t size() const { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
 
-    // Run `loop` over a view in `slices` ranges. Slice k adds to sums[k].
-    void run(Loop loop, const View &view, int64_t slices, const void *coefficients, double *sums = nullptr) const {
-        const int64_t offset = view.offset * size(), units = view.units();
+    // The work on units [begin, end) of a view.
+    Job job(const View &view, const void *coefficients, double *sums, int64_t begin, int64_t end) const {
+        const int64_t offset = view.offset * size();
         const bool aligned = (out + offset) % LARGEST_VECTOR == 0 && view.run() * size() % LARGEST_VECTOR == 0;
         const bool streaming = aligned && view.values() * size() >= UNCACHED;
-        [[maybe_unused]] const int team = int(std::min<int64_t>(threads, slices));
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-        for (int64_t k = 0; k < slices; k++)
-            loop({(const void *)(x + offset), (const void *)(dy + offset), (void *)(out + offset), coefficients,
-                  sums + k * 2 * plan.stride, plan.stride, view.columns, view.inner, units * k / slices,
-                  units * (k + 1) / slices, streaming});
+        return {(const void *)(x + offset), (const void *)(dy + offset), (void *)(out + offset), coefficients, sums,
+                plan.stride, view.columns, view.inner, begin, end, streaming};
     }
 
+    // Each thread goes through its part from the end to the beginning: the sums went the other way, and what they read
+    // last is still in the cache.
     void elementwise(Loop loop, const void *coefficients) const {
-        for (const View &view : plan.views)
-            run(loop, view, std::min<int64_t>(threads, 1 + view.values() / GRAIN), coefficients);
+        for (const View &view : plan.views) {
+            const int64_t units = view.units(), team = std::min<int64_t>(threads, 1 + view.values() / GRAIN);
+            const int64_t piece = std::max<int64_t>(1, GRAIN / std::min(view.run(), BLOCK));
+#pragma omp parallel for schedule(static) num_threads(int(team)) if (team > 1)
+            for (int64_t k = 0; k < team; k++) {
+                const int64_t begin = units * k / team;
+                for (int64_t end = units * (k + 1) / team; end > begin; end -= piece)
+                    loop(job(view, coefficients, nullptr, std::max(begin, end - piece), end));
+            }
+        }
     }
 
     // Into to (2C,). The slices depend on the shape alone and are added in order: any number of threads, the same bits.
@@ -111,16 +117,24 @@ struct Tensors {
             const int64_t stride = plan.stride;
             const int64_t slices = std::clamp<int64_t>(view.values() / std::max(GRAIN, 32 * stride), 1, 64);
             std::vector<double> sums(slices * 2 * stride);
-            run(loop, view, slices, coefficients, sums.data());
+            const int64_t units = view.units();
+            [[maybe_unused]] const int team = int(std::min<int64_t>(threads, slices));
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+            for (int64_t k = 0; k < slices; k++)
+                loop(job(view, coefficients, sums.data() + k * 2 * stride, units * k / slices,
+                         units * (k + 1) / slices));
             for (int64_t k = 1; k < slices; k++)
                 for (int64_t j = 0; j < 2 * stride; j++) sums[j] += sums[k * 2 * stride + j];
+            const int64_t period = plan.channels * plan.spread;
             for (int which = 0; which < 2; which++)  // Σx, Σx²
-                for (int64_t j = 0; j < view.columns; j += plan.spread) {
-                    double sum = 0;
+                for (int64_t first = 0; first < view.columns; first += period)
+                    for (int64_t c = 0; c < plan.channels; c++) {
+                        const double *column = sums.data() + which * stride + first + c * plan.spread;
+                        double sum = 0;
 #pragma omp simd reduction(+ : sum)
-                    for (int64_t s = 0; s < plan.spread; s++) sum += sums[which * stride + j + s];
-                    to[which * plan.channels + j / plan.spread % plan.channels] += sum;
-                }
+                        for (int64_t s = 0; s < plan.spread; s++) sum += column[s];
+                        to[which * plan.channels + c] += sum;
+                    }
         }
     }
 
@@ -158,45 +172,51 @@ double parameter(uintptr_t at, int dtype, int64_t c, double absent) {
 void moments(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t x, uintptr_t sums) {
     const Tensors t{dtype, threads, Plan(N, C, S), x, 0, 0};
     t.sum(loops[dtype].moments, nullptr, (double *)sums);
+    ((double *)sums)[2 * C] = double(N * S);
 }
 
+// [mean, 1/√(σ²+ε), N], (2C+1,).
+struct Statistics {
+    const double *mean, *invstd, *count;
+    Statistics(uintptr_t at, int64_t C) : mean((const double *)at), invstd(mean + C), count(invstd + C) {}
+};
+
 // y = scale·(x - p) + shift with p next to the mean: nothing cancels.
-void normalize(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t x, uintptr_t y, uintptr_t mean,
-               uintptr_t invstd, uintptr_t weight, int weight_dtype, uintptr_t bias, int bias_dtype) {
+void normalize(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t x, uintptr_t y, uintptr_t statistics,
+               uintptr_t weight, int weight_dtype, uintptr_t bias, int bias_dtype) {
     const Tensors t{dtype, threads, Plan(N, C, S), x, 0, y};
+    const Statistics of(statistics, C);
     const auto coefficients = t.coefficients(3, [&](int64_t c, double *k) {
-        const double mu = ((const double *)mean)[c];
-        k[PIVOT] = t.rounded(mu);
-        k[SCALE] = parameter(weight, weight_dtype, c, 1) * ((const double *)invstd)[c];
-        k[SHIFT] = (k[PIVOT] - mu) * k[SCALE] + parameter(bias, bias_dtype, c, 0);
+        k[PIVOT] = t.rounded(of.mean[c]);
+        k[SCALE] = parameter(weight, weight_dtype, c, 1) * of.invstd[c];
+        k[SHIFT] = (k[PIVOT] - of.mean[c]) * k[SCALE] + parameter(bias, bias_dtype, c, 0);
     });
     t.elementwise(loops[dtype].normalize, coefficients.data());
 }
 
-void backward_sums(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t dy, uintptr_t x, uintptr_t mean,
-                   uintptr_t invstd, uintptr_t sums) {
+void backward_sums(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t dy, uintptr_t x,
+                   uintptr_t statistics, uintptr_t sums) {
     const Tensors t{dtype, threads, Plan(N, C, S), x, dy, 0};
-    const double *mu = (const double *)mean;
-    const auto coefficients = t.coefficients(1, [&](int64_t c, double *k) { k[PIVOT] = mu[c]; });
+    const Statistics of(statistics, C);
+    const auto coefficients = t.coefficients(1, [&](int64_t c, double *k) { k[PIVOT] = of.mean[c]; });
     double *t1 = (double *)sums, *t2 = t1 + C;
     t.sum(loops[dtype].backward_sums, coefficients.data(), t1);
-    for (int64_t c = 0; c < C; c++) t2[c] = (t2[c] + (t.rounded(mu[c]) - mu[c]) * t1[c]) * ((const double *)invstd)[c];
+    for (int64_t c = 0; c < C; c++) t2[c] = (t2[c] + (t.rounded(of.mean[c]) - of.mean[c]) * t1[c]) * of.invstd[c];
 }
 
 // dx = dy_scale·(dy - q) + scale·(x - p) + shift with q next to the mean of dy: nothing cancels.
 void backward_input(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t dy, uintptr_t x, uintptr_t dx,
-                    uintptr_t mean, uintptr_t invstd, uintptr_t weight, int weight_dtype, uintptr_t sums,
-                    uintptr_t count) {
+                    uintptr_t statistics, uintptr_t weight, int weight_dtype, uintptr_t sums) {
     const Tensors t{dtype, threads, Plan(N, C, S), x, dy, dx};
+    const Statistics of(statistics, C);
     const double *t1 = (const double *)sums, *t2 = t1 + C;
-    const double n = *(const double *)count;
+    const double n = *of.count;
     const auto coefficients = t.coefficients(5, [&](int64_t c, double *k) {
-        const double mu = ((const double *)mean)[c], scale = ((const double *)invstd)[c];
-        k[PIVOT] = t.rounded(mu);
+        k[PIVOT] = t.rounded(of.mean[c]);
         k[DY_PIVOT] = t.rounded(t1[c] / n);
-        k[DY_SCALE] = parameter(weight, weight_dtype, c, 1) * scale;
-        k[SCALE] = -k[DY_SCALE] * scale * t2[c] / n;
-        k[SHIFT] = (k[PIVOT] - mu) * k[SCALE] + (k[DY_PIVOT] - t1[c] / n) * k[DY_SCALE];
+        k[DY_SCALE] = parameter(weight, weight_dtype, c, 1) * of.invstd[c];
+        k[SCALE] = -k[DY_SCALE] * of.invstd[c] * t2[c] / n;
+        k[SHIFT] = (k[PIVOT] - of.mean[c]) * k[SCALE] + (k[DY_PIVOT] - t1[c] / n) * k[DY_SCALE];
     });
     t.elementwise(loops[dtype].backward_input, coefficients.data());
 }

@@ -75,15 +75,71 @@ inline INLINE void add_run(Sums<Compute<T>> &sums, const T *x, const T *dy, int6
         add<T, Backward, 1>(sums, x + i, dy + i, W, size - i, p);
 }
 
+// The sum of the lanes, in halves.
+template <class A, int SIZE>
+inline INLINE A total(typename VectorOf<A, SIZE>::type v) {
+    if constexpr (SIZE == sizeof(A)) {
+        return v[0];
+    } else {
+        using Half = typename VectorOf<A, SIZE / 2>::type;
+        Half halves[2];
+        std::memcpy(halves, &v, SIZE);
+        return total<A, SIZE / 2>(halves[0] + halves[1]);
+    }
+}
+
 template <int PARTS>
 inline INLINE double total(const Double *parts) {
     Double sum = parts[0];
     for (int k = 1; k < PARTS; k++) sum += parts[k];
-    double lanes[LANES<double>];
-    std::memcpy(lanes, &sum, sizeof(sum));
-    for (int half = LANES<double> / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[half + i];
-    return lanes[0];
+    return total<double, BYTES>(sum);
+}
+
+// Add to s1 and s2 the sums of a plane of `size` values, at most R vectors: they stay in registers, the pivot of the
+// forward is their mean, and lanes are added but once.
+template <class T, bool Backward, int R>
+inline INLINE void add_plane(const T *x, const T *dy, int64_t size, Compute<T> p, double &s1, double &s2) {
+    using A = Compute<T>;
+    using V = Vector<A>;
+    constexpr int W = WIDTH<T>;
+    const int64_t last = size - (R - 1) * W;  // values in the last vector
+    V d[R], t1 = {}, t2 = {};
+    for (int r = 0; r < R; r++) d[r] = read(x + r * W, r + 1 < R ? W : last);
+    if constexpr (!Backward) {
+        for (int r = 0; r < R; r++) t1 += d[r];
+        p = total<A, BYTES>(t1) / size;
+        t1 = V{};
+    }
+    for (int r = 0; r < R; r++) {
+        d[r] -= p;
+        V u;
+        if constexpr (Backward) {
+            u = read(dy + r * W, r + 1 < R ? W : last);
+        } else {
+            if (r + 1 == R && last < W) d[r] = first_lanes(d[r], last);
+            u = d[r];
+        }
+        t1 += u;
+        t2 += u * d[r];
+    }
+    Double sums[2] = {};
+    for (int k = 0; k < PARTS<A>; k++) sums[0] += part<A>(t1, k), sums[1] += part<A>(t2, k);
+    const double q = p, u1 = total<double, BYTES>(sums[0]), u2 = total<double, BYTES>(sums[1]);
+    s1 += Backward ? u1 : u1 + size * q;
+    s2 += Backward ? u2 : u2 + q * (2 * u1 + size * q);
+}
+
+// run(R) with as many vectors R as hold `size` values; false if that is more than four.
+template <int W, int R = 1, class Run>
+inline INLINE bool with_vectors(int64_t size, Run run) {
+    if constexpr (R > 4) {
+        return false;
+    } else if (size <= R * W) {
+        run(std::integral_constant<int, R>());
+        return true;
+    } else {
+        return with_vectors<W, R + 1>(size, run);
+    }
 }
 
 // plane(channel, offset, size) for each block of the job.
@@ -106,6 +162,12 @@ void sums(const Job &job) {
     const T *x = (const T *)job.x, *dy = (const T *)job.dy;
     const A *pivot = (const A *)job.coefficients;
     double *const s1 = job.sums, *const s2 = job.sums + job.stride;
+    const auto planes_of = [&](auto R) {
+        for_blocks(job, [&](int64_t c, int64_t at, int64_t size) INLINE {
+            add_plane<T, Backward, R>(x + at, dy + at, size, Backward ? pivot[c] : A(0), s1[c], s2[c]);
+        });
+    };
+    if (job.inner > 1 && with_vectors<W>(job.inner, planes_of)) return;
     if (job.inner > 1)
         for_blocks(job, [&](int64_t c, int64_t at, int64_t size) {
             Sums<A> sums;

@@ -42,7 +42,8 @@ static_assert(Word::is_always_lock_free && sizeof(Word) == 4, "shared between pr
 
 constexpr std::size_t kPage = 4096;
 constexpr std::size_t kBufferBytes = 64 << 10;  // 8192 float64: a layer of 4095 channels in one round
-constexpr Seconds kSpin{50e-6};                 // about what it takes to be woken
+constexpr Seconds kSpin{50e-6};                 // about what it takes to be woken on an idle machine
+constexpr Seconds kYield{2e-3};                 // as long again and more: a virtual processor that idles is slow to wake
 constexpr Seconds kLook{0.1};                   // how often a sleeper looks for signals and lost peers
 
 struct Signature {
@@ -133,7 +134,7 @@ class SharedMemory {
     void start() {
         cpu_set_t cores = slot(0).cores;
         for (std::size_t r = 1; r < ranks_.size(); ++r) CPU_OR(&cores, &cores, &slot(r).cores);
-        spin_ = std::size_t(CPU_COUNT(&cores)) >= ranks_.size() ? kSpin : Seconds{0};
+        awake_ = std::size_t(CPU_COUNT(&cores)) >= ranks_.size() ? kYield : Seconds{0};
     }
 
     void all_reduce(std::uintptr_t data, std::size_t numel, bool is_float64, double seconds) {
@@ -207,10 +208,10 @@ class SharedMemory {
             return;
         }
         const auto begin = Clock::now();
-        do {
-            relax();
+        for (auto waited = Seconds{0}; waited <= awake_; waited = Clock::now() - begin) {
+            waited < kSpin ? relax() : void(sched_yield());  // to whoever else wants the core
             if (all_posted()) return;
-        } while (Clock::now() - begin < spin_);
+        }
         try {
             sleep_until_all_posted(begin, timeout);
         } catch (...) {
@@ -307,7 +308,7 @@ class SharedMemory {
     const std::size_t me_;
     const File file_;
     const Mapping memory_;
-    Seconds spin_{0};
+    Seconds awake_{0};  // before a wait goes to sleep: there is a core for each rank, or not
     std::uint32_t round_ = 0;
     bool gave_up_ = false;
     std::mutex mutex_;

@@ -131,6 +131,12 @@ inline INLINE V load_first(const void *from, int64_t bytes) {
     return v;
 }
 
+// The first `n` lanes of a vector of the compute type, and zeros behind them.
+template <class V>
+inline INLINE V first_lanes(V v, int64_t n) {
+    return load_first<V>(&v, n * sizeof(v[0]));
+}
+
 template <class V>
 inline INLINE void store_first(void *to, V v, int64_t bytes) {
 #ifdef __AVX512BW__

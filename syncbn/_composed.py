@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._statistics import local_sums, mean_and_variance
+from ._statistics import Running, local_sums, mean_and_variance, refuse_one_value
 from .comm import Communicator
 
 
-class Normalized(NamedTuple):
-    """What a training forward yields."""
-
-    y: Tensor  # (N, C, *), dtype and memory format of the input
-    mean: Tensor  # (C,) float64, over all replicas
-    variance: Tensor  # (C,) float64, biased, over all replicas
-    total_count: Tensor  # (1,) float64, values per channel over all replicas
-
-
 def sync_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, comm: Communicator
-) -> Normalized:
-    """Normalise `x` (N, C, *) with the moments of all replicas.
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, comm: Communicator, running: Running | None
+) -> Tensor:
+    """Normalise `x` (N, C, *) with the moments of all replicas; then move the `running` statistics, if any.
 
     Everything works on d = x - p with p this replica's own mean: sums of d do not cancel, and neither does
     y = γ/√(σ²+ε)·(d - (μ - p)) + β, however far the mean is from zero.
@@ -39,7 +30,9 @@ def sync_batch_norm(
 
     n = torch.full((1,), count, dtype=torch.float64, device=x.device)
     sums, n = all_reduce_sums(local_sums(centred, pivot, count), n, comm)
-    mean, variance = mean_and_variance(sums, n)
+    total = torch.cat([sums, n])
+    refuse_one_value(total)
+    mean, variance = mean_and_variance(total)
 
     scale = torch.rsqrt(variance + eps)
     if weight is not None:
@@ -47,8 +40,10 @@ def sync_batch_norm(
     shift = (pivot - mean) * scale
     if bias is not None:
         shift = shift + bias
-    y = centred * scale.to(values.dtype).view(channel) + shift.to(values.dtype).view(channel)
-    return Normalized(y.to(x.dtype), mean.detach(), variance.detach(), n)
+    y: Tensor = centred * scale.to(values.dtype).view(channel) + shift.to(values.dtype).view(channel)
+    if running is not None:
+        running.update(total.detach())
+    return y.to(x.dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -8,22 +8,27 @@ import torch
 from torch import Tensor
 
 from . import _composed
-from ._composed import Normalized
-from ._statistics import statistics
+from ._statistics import Running, statistics
 from .comm import Communicator
 from .kernels import Kernels
 
 
 def sync_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, comm: Communicator, kernels: Kernels
-) -> Normalized:
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    comm: Communicator,
+    running: Running | None,
+    kernels: Kernels,
+) -> Tensor:
     """Do what `_composed.sync_batch_norm` does, with the same collectives, in four passes over memory.
 
-    For backward it keeps `x` and 2C numbers (mean, 1/√(σ²+ε)) beside the count; never the running statistics, so that
+    For backward it keeps `x` and 2C+1 numbers (mean, 1/√(σ²+ε), count); never the running statistics, so that
     those may move meanwhile. A backward that is itself to be differentiated (`create_graph=True`) differentiates the
     composed definition instead.
     """
-    return Normalized(*_SyncBatchNorm.apply(x, weight, bias, eps, comm, kernels))  # type: ignore[no-untyped-call]
+    return _SyncBatchNorm.apply(x, weight, bias, eps, comm, running, kernels)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -35,37 +40,47 @@ class _SyncBatchNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         comm: Communicator,
+        running: Running | None,
         kernels: Kernels,
-    ) -> tuple[Tensor, ...]:
-        count = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)
-        total = comm.all_reduce(torch.cat([kernels.moments(x), count]))
-        mean, variance, invstd = statistics(total, eps)
-        count = total[-1:]
-        y = kernels.normalize(x, mean, invstd, weight, bias)
-        ctx.save_for_backward(x, weight, bias, mean, invstd, count)
+    ) -> Tensor:
+        total = comm.all_reduce(kernels.moments(x))
+        of = statistics(total, eps)
+        y = kernels.normalize(x, of, weight, bias)
+        if running is not None:
+            running.update(total)
+        ctx.save_for_backward(x, weight, bias, of)
         ctx.eps, ctx.comm, ctx.kernels = eps, comm, kernels
-        ctx.mark_non_differentiable(mean, variance, count)
         ctx.set_materialize_grads(False)
-        return y, mean, variance, count
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, invstd, count = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, of = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if dy is None:
             dy = torch.zeros_like(x)  # the peers' collective waits for this rank all the same
         if torch.is_grad_enabled():
             grads = _differentiable_backward(ctx, dy, x, weight, bias)
-            return *grads, None, None, None
-        sums = ctx.kernels.backward_sums(dy, x, mean, invstd)
-        dbias, dweight = sums.chunk(2)  # this replica's share, on purpose
-        dbias = dbias.to(bias.dtype) if needs_bias else None
-        dweight = dweight.to(weight.dtype) if needs_weight else None
+            return *grads, None, None, None, None
+        sums = ctx.kernels.backward_sums(dy, x, of)
+        dweight, dbias = _shares(sums, weight if needs_weight else None, bias if needs_bias else None)
         dx = None
         if needs_x:
-            total = ctx.comm.all_reduce(sums.clone())
-            dx = ctx.kernels.backward_input(dy, x, mean, invstd, weight, total, count)
-        return dx, dweight, dbias, None, None, None
+            dx = ctx.kernels.backward_input(dy, x, of, weight, ctx.comm.all_reduce(sums))
+        return dx, dweight, dbias, None, None, None, None
+
+
+def _shares(sums: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of `weight` and `bias`, where given: this replica's share, on purpose.
+
+    They are halves of one copy: the sum over the replicas may take the place of `sums`.
+    """
+    dtypes = {p.dtype for p in (weight, bias) if p is not None}
+    if not dtypes:
+        return None, None
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.promote_types(*dtypes)
+    dbias, dweight = sums.to(dtype, copy=True).chunk(2)
+    return None if weight is None else dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
 
 
 class _Recalled:
@@ -84,10 +99,10 @@ def _differentiable_backward(
     ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients as differentiable functions of dy, x and weight, by autograd through the definition."""
-    *_, mean, invstd, count = ctx.saved_tensors
+    mean, invstd, count = ctx.saved_tensors[-1].tensor_split([x.shape[1], 2 * x.shape[1]])
     variance = invstd.reciprocal().square() - ctx.eps
     total = torch.cat([mean * count, (variance + mean.square()) * count, count]).detach()
-    y = _composed.sync_batch_norm(x, weight, bias, ctx.eps, _Recalled(ctx.comm, total)).y
+    y = _composed.sync_batch_norm(x, weight, bias, ctx.eps, _Recalled(ctx.comm, total), None)
     candidates: tuple[Any, ...] = (x, weight, bias)
     inputs = [t for t, needed in zip(candidates, ctx.needs_input_grad, strict=False) if needed]
     grads = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))

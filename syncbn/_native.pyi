@@ -11,21 +11,21 @@ class SharedMemory:
 # The CPU kernels over addresses; n, c, s is the dense tensor (N, C, S), with S = 1 for rows of channels; 0: no address.
 def moments(dtype: int, threads: int, n: int, c: int, s: int, x: int, sums: int, /) -> None: ...
 def normalize(
-    dtype: int, threads: int, n: int, c: int, s: int, x: int, y: int, mean: int, invstd: int,
+    dtype: int, threads: int, n: int, c: int, s: int, x: int, y: int, statistics: int,
     weight: int, weight_dtype: int, bias: int, bias_dtype: int, /,
 ) -> None: ...  # fmt: skip
 def backward_sums(
-    dtype: int, threads: int, n: int, c: int, s: int, dy: int, x: int, mean: int, invstd: int, sums: int, /
+    dtype: int, threads: int, n: int, c: int, s: int, dy: int, x: int, statistics: int, sums: int, /
 ) -> None: ...
 def backward_input(
-    dtype: int, threads: int, n: int, c: int, s: int, dy: int, x: int, dx: int, mean: int, invstd: int,
-    weight: int, weight_dtype: int, sums: int, count: int, /,
+    dtype: int, threads: int, n: int, c: int, s: int, dy: int, x: int, dx: int, statistics: int,
+    weight: int, weight_dtype: int, sums: int, /,
 ) -> None: ...  # fmt: skip
 def instruction_sets() -> list[str]: ...
 def use_instruction_set(name: str) -> None: ...
 
-# Between the collectives: total is [Σx, Σx², N] (2C+1,), out [mean, variance, invstd] (3, C).
-def statistics(total: int, channels: int, eps: float, out: int, /) -> None: ...
+# Between the collectives: total is [Σx, Σx², N], statistics [mean, 1/√(σ²+ε), N], (2C+1,); returns N.
+def statistics(total: int, channels: int, eps: float, statistics: int, /) -> float: ...
 def update_running(
-    running: int, is_float64: bool, value: int, channels: int, momentum: float, factor: float, /
+    total: int, channels: int, momentum: float, mean: int, mean_is_float64: int, var: int, var_is_float64: int, /
 ) -> None: ...

@@ -6,8 +6,12 @@ exactly up to 2⁵³.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from .errors import InputError
 
 try:
     from . import _native
@@ -33,83 +37,96 @@ def local_sums(centred: Tensor, pivot: Tensor, count: int) -> Tensor:
     return torch.cat([d1 + count * p, d2 + 2 * p * d1 + count * p * p])
 
 
-def mean_and_variance(sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the biased variance, float64 (C,), of `count` (1,) values per channel; zeros for none."""
-    s1, s2 = sums.chunk(2)
-    n = count.clamp(min=1)
+def mean_and_variance(total: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance, float64 (C,), from `[Σx, Σx², N]` (2C+1,); zeros where N is 0."""
+    s1, s2 = total[:-1].chunk(2)
+    n = total[-1:].clamp(min=1)
     mean = s1 / n
     return mean, (s2 / n - mean.square()).clamp(min=0)
 
 
-def statistics(total: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, biased variance and 1/√(σ²+ε), float64 (C,), from `[Σx, Σx², N]` (2C+1,); without gradient."""
-    if total.device.type == "cpu" and _native is not None:  # a few hundred numbers: one call, not ten
-        channels = total.numel() // 2
-        out = torch.empty((3, channels), dtype=torch.float64)
-        _native.statistics(total.data_ptr(), channels, eps, out.data_ptr())
-        mean, variance, invstd = out.unbind()
-        return mean, variance, invstd
-    mean, variance = mean_and_variance(total[:-1], total[-1:])
-    return mean, variance, torch.rsqrt(variance + eps)
+def statistics(total: Tensor, eps: float) -> Tensor:
+    """Return `[mean, 1/√(σ²+ε), N]`, float64 (2C+1,), from `[Σx, Σx², N]` (2C+1,), without gradient.
 
-
-@torch.no_grad()
-def update_running(running: Tensor, value: Tensor, count: Tensor, momentum: float | Tensor) -> None:
-    """Move in place: running ← (1 - momentum)·running + momentum·value, in float64; not at all where `count` is 0.
-
-    Never reads a number back to the host, so `momentum` may be a tensor on the device.
+    Raises:
+        InputError: N is 1, see `refuse_one_value`.
     """
-    updated = running + momentum * (value - running.double())
-    running.copy_(torch.where(count > 0, updated, running))
+    if _is_native(total):  # a few hundred numbers: one call, not ten
+        out = torch.empty_like(total)
+        if _native.statistics(total.data_ptr(), total.numel() // 2, eps, out.data_ptr()) == 1:
+            raise one_value()
+        return out
+    mean, variance = mean_and_variance(total)
+    refuse_one_value(total)
+    return torch.cat([mean, torch.rsqrt(variance + eps), total[-1:]])
 
 
-@torch.no_grad()
-def update_running_statistics(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    count: Tensor,
-    momentum: float | Tensor,
-) -> None:
-    """Move both buffers, any floating dtype (C,), towards the batch's mean and unbiased variance σ²·N/(N-1)."""
-    buffers = [b for b in (running_mean, running_var) if b is not None]
-    if all(_is_native(b) for b in (*buffers, mean, variance, count)):
-        _update_native(running_mean, running_var, mean, variance, count.item(), float(momentum))
-        return
-    if running_mean is not None:
-        update_running(running_mean, mean, count, momentum)
-    if running_var is not None:
-        update_running(running_var, variance * (count / (count - 1).clamp(min=1)), count, momentum)
+def refuse_one_value(total: Tensor) -> None:
+    """Raise InputError where `total` ends with N = 1 value per channel over all replicas: the same on each of them.
+
+    On the CPU only: an accelerator would have to wait for the number.
+    """
+    readable = total.device.type == "cpu" and type(total) is Tensor and not torch.compiler.is_compiling()
+    if readable and total[-1].item() == 1:
+        raise one_value()
+
+
+def one_value() -> InputError:
+    """Return the error of a batch that has no variance."""
+    return InputError("expected more than 1 value per channel over all replicas when training: one has no variance")
+
+
+class Running(NamedTuple):
+    """Running statistics, (C,) of any floating dtype or None, and the weight of the new value, 1 - decay."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    momentum: float | Tensor
+
+    def update(self, total: Tensor) -> None:
+        """Move both in place, from `total` = `[Σx, Σx², N]`, float64 (2C+1,); not where N is 0.
+
+        running ← (1 - momentum)·running + momentum·value, in float64, with the mean and the unbiased variance
+        σ²·N/(N-1). Never reads a number back to the host, so `momentum` may be a tensor on the device.
+        """
+        if _is_native(total) and all(b is None or _is_native(b) for b in (self.mean, self.var)):
+            self._update_native(total)
+        else:
+            self._update(total)
+
+    @torch.no_grad()
+    def _update(self, total: Tensor) -> None:
+        mean, variance = mean_and_variance(total)
+        count = total[-1:]
+        for running, value in ((self.mean, mean), (self.var, variance * (count / (count - 1).clamp(min=1)))):
+            if running is not None:
+                updated = running + self.momentum * (value - running.double())
+                running.copy_(torch.where(count > 0, updated, running))
+
+    def _update_native(self, total: Tensor) -> None:
+        _native.update_running(
+            total.data_ptr(), total.numel() // 2, float(self.momentum), *_address(self.mean), *_address(self.var)
+        )
+        for running in (self.mean, self.var):
+            if running is not None:
+                torch.autograd.graph.increment_version(running)  # as every in-place operation does
+
+
+def _address(t: Tensor | None) -> tuple[int, bool]:
+    """Return address and whether it holds float64; 0 for None."""
+    return (0, False) if t is None else (t.data_ptr(), t.dtype == torch.float64)
 
 
 def _is_native(t: Tensor) -> bool:
     """Tell whether the compiled function can work on `t` by its address."""
     return (
         _native is not None
-        and type(t) in (Tensor, torch.nn.Buffer)
-        and t.device.type == "cpu"
         and t.dtype in (torch.float32, torch.float64)
+        and type(t) in (Tensor, torch.nn.Buffer)
+        and t.is_cpu
         and t.is_contiguous()
         and not torch.compiler.is_compiling()
     )
-
-
-def _update_native(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    count: float,
-    momentum: float,
-) -> None:
-    unbiased = count / max(count - 1, 1)
-    for running, value, factor in ((running_mean, mean, 1.0), (running_var, variance, unbiased)):
-        if running is not None and count > 0:
-            is_float64 = running.dtype == torch.float64
-            address, values = running.data_ptr(), value.data_ptr()
-            _native.update_running(address, is_float64, values, running.numel(), momentum, factor)
-            torch.autograd.graph.increment_version(running)  # as every in-place operation does
 
 
 def recomputing() -> bool:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _composed, _fused
-from ._statistics import recomputing, update_running_statistics
+from ._statistics import Running, one_value, recomputing
 from .comm._groups import ProcessGroup, resolve
 from .errors import DTypeError, InputError
 from .kernels import kernels_for
@@ -81,20 +81,13 @@ def sync_batch_norm(
     if not training:
         return _without_peers(input, running_mean, running_var, weight, bias, eps)
     comm = resolve(process_group)
-    if comm.size == 1 and input.numel() == input.shape[1]:
-        raise _one_value(input)
+    if comm.size == 1 and input.numel() == input.shape[1]:  # known without asking the device
+        raise one_value()
+    running = None if recomputing() else Running(running_mean, running_var, momentum)
     kernels = kernels_for(input)
     if kernels is None:
-        y, mean, variance, count = _composed.sync_batch_norm(input, weight, bias, eps, comm)
-    else:
-        y, mean, variance, count = _fused.sync_batch_norm(input, weight, bias, eps, comm, kernels)
-    # On an accelerator reading the count would wait for the device; here every rank reads the same number.
-    readable = not torch.compiler.is_compiling() and count.device.type == "cpu" and type(count) is Tensor
-    if readable and count.item() == 1:
-        raise _one_value(input)
-    if not recomputing():
-        update_running_statistics(running_mean, running_var, mean, variance, count, momentum)
-    return y
+        return _composed.sync_batch_norm(input, weight, bias, eps, comm, running)
+    return _fused.sync_batch_norm(input, weight, bias, eps, comm, running, kernels)
 
 
 def _check(input: Tensor, **per_channel: Tensor | None) -> None:
@@ -118,13 +111,6 @@ def _check(input: Tensor, **per_channel: Tensor | None) -> None:
             )
         if not tensor.is_floating_point():
             raise DTypeError(f"expected floating-point {name}, got {tensor.dtype}")
-
-
-def _one_value(input: Tensor) -> InputError:
-    return InputError(
-        f"expected more than 1 value per channel over all replicas when training, got input of shape "
-        f"{tuple(input.shape)} and nothing elsewhere: one value has no variance"
-    )
 
 
 def _without_peers(

@@ -31,8 +31,11 @@ LAYERS = [
     {"_layer"},
     {"_convert", "_launcher", "_parallel"},
     {""},
-    {"cli._measure", "cli._report"},
-    {"cli._bench"},
+    {"cli._measure", "cli._report", "cli._network"},
+    {"cli._job"},
+    {"cli._bench", "cli._installation", "cli._cluster", "cli._comparison"},
+    {"cli._doctor", "cli._model"},
+    {"cli._verify"},
     {"cli"},
     {"__main__"},
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from syncbn import _composed, _fused, functional
+from syncbn import functional
 from syncbn.comm import SingleProcess, run_threads
 from syncbn.kernels import kernels_for
 
@@ -123,7 +123,3 @@ def test_without_compiled_kernels_it_says_so_once() -> None:
         "assert len(seen) == 1 and 'compiled CPU kernels' in str(seen[0].message), seen\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=50)
-
-
-def test_fused_and_composed_have_one_signature() -> None:
-    assert _fused.Normalized is _composed.Normalized

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
-from syncbn.comm import Communicator
+from syncbn.comm import Communicator, SingleProcess
 from syncbn.errors import BackendError
 
 from ._measure import Variants, interleaved, median, paired_ratio
@@ -98,6 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
         "layer": [layer(case, comm, arguments.repeats) for case in CASES],
         "resnet": resnet(comm, arguments.repeats),
         "saved": saved_for_backward(),
+        "errors": [errors(dtype, layout) for dtype in ("float32", "bfloat16", "float16") for layout in FORMATS],
     }
     results["bars"] = bars(results)
     if comm.rank == 0:
@@ -285,6 +286,34 @@ def _saved(module: nn.Module) -> int:
         module(x)
     known = {x.data_ptr(), *(p.data_ptr() for p in module.parameters())}
     return sum(t.numel() for t in saved if t.data_ptr() not in known)
+
+
+def errors(dtype: str, memory_format: str) -> Record:
+    """Return the layer's root mean square error against float64, and that of nn.BatchNorm2d, on one replica."""
+    case = Case((8, 64, 56, 56), memory_format, dtype)
+    x, dy = case.random(_device()), case.random(_device())
+    layers = {
+        "syncbn": syncbn.SyncBatchNorm(64, process_group=SingleProcess(), device=_device(), dtype=DTYPES[dtype]),
+        "nn.BatchNorm2d": nn.BatchNorm2d(64, device=_device(), dtype=DTYPES[dtype]),
+    }
+    reference = _outcome(nn.BatchNorm2d(64, device=_device(), dtype=torch.float64), x.double(), dy.double())
+    of: dict[str, dict[str, float]] = {}
+    for name, module in layers.items():
+        found = _outcome(module, x, dy)
+        of[name] = {
+            what: (found[what].double() - value).square().mean().sqrt().item() for what, value in reference.items()
+        }
+    return {"dtype": dtype, "memory_format": memory_format, **of}
+
+
+def _outcome(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    y = module(x)
+    y.backward(dy)
+    grads = {f"d{name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+    buffers = {name: b for name, b in module.named_buffers() if name.startswith("running")}
+    assert x.grad is not None
+    return {"y": y.detach(), "dx": x.grad, **grads, **buffers}
 
 
 def bars(results: Record) -> list[Record]:

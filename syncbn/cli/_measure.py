@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,11 +17,17 @@ Variants = Mapping[str, Callable[[], object]]
 def interleaved(variants: Variants, comm: Communicator, repeats: int) -> dict[str, list[float]]:
     """Return the seconds of `repeats` runs of each variant, after one run each to warm up.
 
-    All ranks start each run together: a collective in one would else pay for a peer's delay in another.
+    In each repeat the order is another, the same on all ranks: what runs before leaves its data in the caches and its
+    memory to the allocator. All ranks start each run together: a collective in one would else pay for a peer's delay
+    in another.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    shuffle = random.Random(0).shuffle
     for repeat in range(repeats + 1):
-        for name, run in variants.items():
+        order = list(variants)
+        shuffle(order)
+        for name in order:
+            run = variants[name]
             comm.all_reduce(torch.zeros(1, device=_device()))
             _synchronize()
             start = time.perf_counter()

@@ -24,7 +24,13 @@ def show(results: Record) -> None:
         f"{machine['ranks']} rank(s) x {machine['threads']} thread(s) over {machine['communicator']}, "
         f"{machine['device']} ({machine['isa']}, {machine['cores']} cores), torch {machine['torch']}"
     )
-    for table in (_latency(results["latency"]), _layers(results["layer"]), _resnet(results), _bars(results["bars"])):
+    for table in (
+        _latency(results["latency"]),
+        _layers(results["layer"]),
+        _resnet(results),
+        _errors(results["errors"]),
+        _bars(results["bars"]),
+    ):
         console.print(table)
 
 
@@ -64,6 +70,16 @@ def _resnet(results: Record) -> Table:
     table.add_row("sync / local", _ratio(resnet["sync_to_local"]))
     for name, count in saved.items():
         table.add_row(f"kept at C = 64: {name}", str(count))
+    return table
+
+
+def _errors(rows: list[Record]) -> Table:
+    """One replica's errors against float64, as multiples of those of nn.BatchNorm2d of the same dtype."""
+    names = list(rows[0]["syncbn"])
+    table = _table("Root mean square error against float64 / that of nn.BatchNorm2d, (8, 64, 56, 56)", "", *names)
+    for row in rows:
+        ratios = [_ratio(row["syncbn"][n] / row["nn.BatchNorm2d"][n]) for n in names]
+        table.add_row(f"{row['dtype']} {row['memory_format']}", *ratios)
     return table
 
 

@@ -15,52 +15,46 @@ _Layout = tuple[int, int, int]
 
 
 def moments(x: Tensor) -> Tensor:
-    """Return `[Σx, Σx²]`."""
+    """Return `[Σx, Σx², n]`."""
     x, layout = _dense(x)
-    sums = torch.empty(2 * layout[1], dtype=torch.float64)
+    sums = torch.empty(2 * layout[1] + 1, dtype=torch.float64)
     _native.moments(*_common(x, layout), x.data_ptr(), sums.data_ptr())
     return sums
 
 
-def normalize(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return weight·(x - mean)·invstd + bias."""
+def normalize(x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return weight·(x - mean)/√(σ²+ε) + bias."""
     x, layout = _dense(x)
     channels = layout[1]
-    mean, invstd = _float64("mean", mean, channels), _float64("invstd", invstd, channels)
+    statistics = _float64("statistics", statistics, 2 * channels + 1)
     weight, bias = _parameter("weight", weight, channels), _parameter("bias", bias, channels)
     y = torch.empty_like(x)
     _native.normalize(
-        *_common(x, layout), x.data_ptr(), y.data_ptr(),
-        mean.data_ptr(), invstd.data_ptr(), *_address(weight), *_address(bias),
-    )  # fmt: skip
+        *_common(x, layout), x.data_ptr(), y.data_ptr(), statistics.data_ptr(), *_address(weight), *_address(bias)
+    )
     return y
 
 
-def backward_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
     """Return `[Σdy, Σdy·x̂]`."""
     x, layout = _dense(x)
     dy, channels = _like(dy, x, layout), layout[1]
-    mean, invstd = _float64("mean", mean, channels), _float64("invstd", invstd, channels)
+    statistics = _float64("statistics", statistics, 2 * channels + 1)
     sums = torch.empty(2 * channels, dtype=torch.float64)
-    _native.backward_sums(
-        *_common(x, layout), dy.data_ptr(), x.data_ptr(), mean.data_ptr(), invstd.data_ptr(), sums.data_ptr()
-    )
+    _native.backward_sums(*_common(x, layout), dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), sums.data_ptr())
     return sums
 
 
-def backward_input(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
-) -> Tensor:
-    """Return weight·invstd·(dy - T1/N - x̂·T2/N)."""
+def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
+    """Return weight/√(σ²+ε)·(dy - T1/N - x̂·T2/N)."""
     x, layout = _dense(x)
     dy, channels = _like(dy, x, layout), layout[1]
-    mean, invstd = _float64("mean", mean, channels), _float64("invstd", invstd, channels)
-    sums, count = _float64("sums", sums, 2 * channels), _float64("count", count, 1)
+    statistics, sums = _float64("statistics", statistics, 2 * channels + 1), _float64("sums", sums, 2 * channels)
     weight = _parameter("weight", weight, channels)
     dx = torch.empty_like(x)
     _native.backward_input(
         *_common(x, layout), dy.data_ptr(), x.data_ptr(), dx.data_ptr(),
-        mean.data_ptr(), invstd.data_ptr(), *_address(weight), sums.data_ptr(), count.data_ptr(),
+        statistics.data_ptr(), *_address(weight), sums.data_ptr(),
     )  # fmt: skip
     return dx
 
