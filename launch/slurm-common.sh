@@ -49,7 +49,7 @@ read_hosts() { # LIST
 # What a batch script is told of its job: the array `hosts`, and `srun`, how to start a step of it; each task runs `task`.
 # shellcheck disable=SC2034 # the scripts read what this sets
 read_allocation() {
-  need "there is no allocation here; submit this file: sbatch --nodes 2 --ntasks-per-node 1 $0 SCRIPT" \
+  need "no allocation here; submit this file: sbatch --nodes 2 --ntasks-per-node 1 $0 SCRIPT" \
     SLURM_JOB_ID SLURM_JOB_NODELIST SLURM_TASKS_PER_NODE
   read_hosts "$SLURM_JOB_NODELIST"
   # --kill-on-bad-exit: the other ranks would else wait for one that failed. --export: sbatch --export=NONE would else

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -136,26 +135,23 @@ class Cluster:
 
 
 @contextmanager
-def slurm(hosts: Sequence[Host]) -> Iterator[Cluster]:
-    """Start SLURM on `hosts`. The daemons end with the hosts."""
-    # Not in pytest's folder, which is closed to others: munged refuses that.
-    with tempfile.TemporaryDirectory(prefix="syncbn-slurm-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        folder.chmod(0o755)
+def slurm(hosts: Sequence[Host], folder: Path) -> Iterator[Cluster]:
+    """Start SLURM on `hosts`. The daemons end with the hosts, and write to `folder` until then."""
+    folder.chmod(0o755)
+    for host in hosts:
+        (folder / f"spool.{host.name}").mkdir()
+        (folder / f"tmp.{host.name}").mkdir()
+    (folder / "state").mkdir()
+    nodes = [f"NodeName={h.name} NodeAddr={h.address} CPUs=2 RealMemory=1000 State=UNKNOWN" for h in hosts]
+    (folder / "slurm.conf").write_text(SETTINGS.format(folder=folder, head=hosts[0]) + "\n".join(nodes) + "\n")
+    with patch.dict(os.environ, SLURM_CONF=str(folder / "slurm.conf")):  # what runs on a host has our environment
+        _start_munge(hosts[0], folder)
+        hosts[0].check("slurmctld", "-i")
         for host in hosts:
-            (folder / f"spool.{host.name}").mkdir()
-            (folder / f"tmp.{host.name}").mkdir()
-        (folder / "state").mkdir()
-        nodes = [f"NodeName={h.name} NodeAddr={h.address} CPUs=2 RealMemory=1000 State=UNKNOWN" for h in hosts]
-        (folder / "slurm.conf").write_text(SETTINGS.format(folder=folder, head=hosts[0]) + "\n".join(nodes) + "\n")
-        with patch.dict(os.environ, SLURM_CONF=str(folder / "slurm.conf")):  # what runs on a host has our environment
-            _start_munge(hosts[0], folder)
-            hosts[0].check("slurmctld", "-i")
-            for host in hosts:
-                host.check("slurmd")
-            cluster = Cluster(hosts, folder)
-            _wait_for_nodes(cluster, seconds=20)
-            yield cluster
+            host.check("slurmd")
+        cluster = Cluster(hosts, folder)
+        _wait_for_nodes(cluster, seconds=20)
+        yield cluster
 
 
 def _start_munge(host: Host, folder: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -42,13 +43,20 @@ for step in range(600):
 
 
 @pytest.fixture
-def cluster(hosts: Callable[..., list[Host]]) -> Iterator[Cluster]:
+def folder() -> Iterator[Path]:
+    """For SLURM. Asked for before `hosts`, so that it is removed after them. Not pytest's, which munged refuses."""
+    with tempfile.TemporaryDirectory(prefix="syncbn-slurm-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def cluster(folder: Path, hosts: Callable[..., list[Host]]) -> Iterator[Cluster]:
     """Two nodes under SLURM."""
     reason = missing_tool()
     if reason is not None:
         pytest.skip(f"no SLURM: {reason}")
     with ExitStack() as stack:
-        yield stack.enter_context(slurm(hosts(2)))
+        yield stack.enter_context(slurm(hosts(2), folder))
 
 
 @pytest.fixture
@@ -86,8 +94,8 @@ def test_two_nodes_train_like_one_process(cluster, tmp_path, whole_batch, script
 
 @pytest.mark.parametrize("own_name", ["loopback", "missing"])
 @both
-def test_the_own_name_of_a_node_does_not_matter(hosts, job, script, own_name) -> None:
-    with slurm(hosts(2, own_name=own_name)) as cluster:
+def test_the_own_name_of_a_node_does_not_matter(folder, hosts, job, script, own_name) -> None:
+    with slurm(hosts(2, own_name=own_name), folder) as cluster:
         running = cluster.submit(script, job, "os._exit(7)").wait_for("rank 3 of 4 on node2", 60).wait(20)
         assert running.state == "FAILED"
 
