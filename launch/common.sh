@@ -102,7 +102,7 @@ ask_hosts() { # PYTHON
 }
 
 threads_each() { # RANKS: of this host, for each of so many ranks
-  local threads=$(($(nproc) / $1))
+  local threads=$((${SLURM_CPUS_ON_NODE:-$(nproc)} / $1)) # a SLURM job may have less than the node
   echo $((threads > 0 ? threads : 1))
 }
 

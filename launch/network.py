@@ -1,6 +1,8 @@
 """This host's names, addresses and interfaces. Standard library only: the launch scripts also run it on other hosts.
 
     network.py head MASTER [INTERFACE]              which address is MASTER's, and which interface of ours leads there
+    network.py free PORT                            whether nobody here listens there
+    network.py reach ADDRESS PORT [INTERFACE]       whether packets get there, be it that nobody listens yet
     network.py answer ADDRESS PORT [INTERFACE]      connect there and describe this host: see ask_hosts.py
 
 IPv4 only.
@@ -168,14 +170,38 @@ def answer(address: str, port: str, wanted: str = "") -> dict[str, object]:
     return describe(mine)
 
 
+def free(port: str) -> None:
+    """Raise a problem if another program has the port."""
+    try:
+        socket.create_server(("", int(port))).close()
+    except OSError as error:
+        raise HostError(f"port {port} of {HOST} cannot be had ({error.strerror}): another job may have it") from error
+
+
+def reach(address: str, port: str, wanted: str = "") -> None:
+    """Raise a problem unless a connection to there is made or refused."""
+    mine = towards(address, wanted)
+    try:
+        socket.create_connection((address, int(port)), 10, (mine.address, 0)).close()
+    except ConnectionRefusedError:
+        pass
+    except OSError as error:
+        raise HostError(
+            f"{HOST} cannot reach the head node at {address} port {port} through {mine.name} ({mine.address}): "
+            f"{error}; check firewalls, or give another --interface"
+        ) from error
+
+
 def main() -> None:
     """Answer one question of a launch script."""
     question, *arguments = sys.argv[1:]
     if question == "head":
         address, mine, is_head = head(*arguments)
         print(address, mine.address, mine.name, int(is_head))
-    else:
+    elif question == "answer":
         print(json.dumps(answer(*arguments)))
+    else:
+        {"free": free, "reach": reach}[question](*arguments)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,6 @@ fi
 check ruff check
 check ruff format --check
 check mypy
-check shellcheck --external-sources --source-path=SCRIPTDIR launch/*.sh .ci/run
+check shellcheck --external-sources --source-path=SCRIPTDIR launch/*.sh launch/*.sbatch .ci/run
 check python -m pytest "$@"
 say "passed: ruff, mypy, shellcheck, pytest"

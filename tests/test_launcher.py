@@ -14,7 +14,7 @@ from syncbn.comm import SingleProcess
 from syncbn.errors import BackendError, LaunchError
 
 # What each launcher sets, of the variables that matter. Those of torchrun, Open MPI and horovodrun are met for real
-# further down; those of MPICH and SLURM are from their documentation.
+# further down; those of SLURM were recorded in the lab of tests/cluster; those of MPICH are from its documentation.
 TORCHRUN = {
     "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
     "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29400", "TORCHELASTIC_RUN_ID": "job",
@@ -29,12 +29,27 @@ HOROVODRUN = {
     "HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2",
     "HOROVOD_CROSS_RANK": "0", "HOROVOD_CROSS_SIZE": "1", "HOROVOD_CONTROLLER": "gloo",
 }  # fmt: skip
-SBATCH = {"SLURM_JOB_ID": "71", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NNODES": "2"}
-SRUN = {
-    **SBATCH, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_STEP_NODELIST": "node[1-2]",
+# Job 71: sbatch --nodes 2 --ntasks-per-node 2, Slurm 22.05. Task 3 of 4, on the second node.
+SBATCH = {
+    "SLURM_JOB_ID": "71", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "2",
+    "SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_TASKS_PER_NODE": "2(x2)",
+    "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_GTIDS": "0", "SLURM_CPUS_ON_NODE": "2",
+    "SLURM_NODELIST": "node[1-2]", "SLURMD_NODENAME": "node1",
 }  # fmt: skip
-ONE_TASK_STEP = {**SBATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+SRUN = {
+    **SBATCH, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_GTIDS": "2,3",
+    "SLURM_STEP_ID": "0", "SLURM_STEPID": "0", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_LAUNCH_NODE_IPADDR": "10.77.0.1",
+    "SLURM_DISTRIBUTION": "block", "SLURMD_NODENAME": "node2",
+}  # fmt: skip
+# In the same job: srun --ntasks 2 --ntasks-per-node 1, which starts a torchrun on each node. Task 1.
+SRUN_A_NODE = {
+    **SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_GTIDS": "1", "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NTASKS": "2", "SLURM_NPROCS": "2", "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_ID": "1", "SLURM_STEPID": "1", "SLURM_DISTRIBUTION": "cyclic",
+}  # fmt: skip
+SRUN_PMI2 = {**SRUN, "PMI_FD": "11", "PMI_JOBID": "71.2", "PMI_RANK": "3", "PMI_SIZE": "4", "SLURM_MPI_TYPE": "pmi2"}
+ONE_TASK_STEP = {**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}
 
 
 @pytest.mark.parametrize(
@@ -53,9 +68,9 @@ ONE_TASK_STEP = {**SBATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
         ({**SRUN, **OPEN_MPI}, ("mpirun", 2, 4, 0)),  # on the far node: Open MPI's daemon was started by srun
         ({**ONE_TASK_STEP, "SLURM_STEP_NUM_TASKS": "2", **OPEN_MPI}, ("mpirun", 2, 4, 0)),
         ({**ONE_TASK_STEP, **TORCHRUN}, ("torchrun", 1, 4, 1)),
-        ({**SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", **TORCHRUN}, ("torchrun", 1, 4, 1)),
+        ({**SRUN_A_NODE, **TORCHRUN}, ("torchrun", 1, 4, 1)),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", **TORCHRUN}, ("torchrun", 1, 4, 1)),
-        ({**SRUN, "PMI_RANK": "3", "PMI_SIZE": "4"}, ("srun", 3, 4, 1)),  # srun --mpi=pmi2
+        (SRUN_PMI2, ("srun", 3, 4, 1)),
         ({**SBATCH, **HOROVODRUN}, ("horovodrun", 1, 2, 1)),
     ],
 )
@@ -104,6 +119,8 @@ def test_meeting_point() -> None:
     assert _meeting_point(detect(SRUN), SRUN) == "tcp://node1:20071"
     named = {**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
     assert _meeting_point(detect(named), named) == "tcp://10.0.0.1:1234"
+    with pytest.raises(LaunchError, match="SLURM_JOB_ID is not set"):
+        _meeting_point(detect(SRUN), {name: value for name, value in SRUN.items() if name != "SLURM_JOB_ID"})
     with pytest.raises(LaunchError, match="SLURM_STEP_NODELIST"):
         _meeting_point(detect(SRUN), {**SRUN, "SLURM_STEP_NODELIST": ""})
     with pytest.raises(LaunchError, match="MASTER_ADDR and MASTER_PORT"):
