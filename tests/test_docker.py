@@ -44,7 +44,13 @@ def test_copies_what_there_is(dockerfile: str) -> None:
 
 def test_context_has_what_the_build_needs() -> None:
     project = (ROOT / "pyproject.toml").read_text()
-    needed = ["pyproject.toml", "constraints.txt", "csrc", "syncbn", *re.findall(r'(?:readme = |license-files = \[)"(.+?)"', project)]
+    needed = [
+        "pyproject.toml",
+        "constraints.txt",
+        "csrc",
+        "syncbn",
+        *re.findall(r'(?:readme = |license-files = \[)"(.+?)"', project),
+    ]
     assert {"README.md", "LICENSE"} < set(needed)
     assert [path for path in needed if not in_context(path)] == []
     assert not in_context("tests/test_docker.py")
@@ -87,7 +93,9 @@ def test_services_run_scripts_of_the_image(name: str) -> None:
     assert os.access(ROOT / words[0], os.X_OK)
     for script in scripts:
         assert (ROOT / script).is_file()
-        assert any(fnmatch(script, path) or script.startswith(f"{path}/") for path in copies), f"{script} is not in the image"
+        assert any(fnmatch(script, path) or script.startswith(f"{path}/") for path in copies), (
+            f"{script} is not in the image"
+        )
 
 
 def test_both_torchrun_nodes_get_the_same_command() -> None:
