@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: docker/sshd.sh
 #
-# Becomes the ssh server of a node. ~/.ssh is a volume that the nodes of one job share, and nobody else: the first node makes
-# the key pairs of the user and of the server there, so no image holds a private key.
+# Becomes the ssh server of a node. ~/.ssh is a volume that the nodes of one job share, and nobody else: the first node
+# makes the key pairs of the user and of the server there, so no image holds a private key.
 set -euo pipefail
 
 cd ~/.ssh
