@@ -61,9 +61,8 @@ done
 
 step "compare"
 on_node1 python examples/compare_runs.py --output runs runs/{one-process,torchrun,mpirun,horovodrun}
-on_node1 python - <<'END'
+on_node1 python -c '
 import json
 differences = {run["run"]: run["largest_loss_difference"] for run in json.load(open("runs/comparison.json"))}
-assert max(differences.values()) < 1e-9, f"not the losses of one process: {differences}"
-END
+assert max(differences.values()) < 1e-9, f"not the losses of one process: {differences}"'
 step "passed"
