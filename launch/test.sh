@@ -2,7 +2,7 @@
 # Usage: launch/test.sh [--cluster] [ARGUMENT ...]
 #
 # Everything that is checked before a commit, here and in CI: sets up .venv with the development tools and Horovod, then
-# runs ruff, mypy, shellcheck and pytest. The arguments go to pytest: launch/test.sh -k convert
+# runs ruff, mypy, shellcheck, hadolint and pytest. The arguments go to pytest: launch/test.sh -k convert
 #
 # Options:
 #   --cluster   instead, jobs over several hosts, which are network namespaces of this one (tests/cluster). They need root,
@@ -38,6 +38,7 @@ fi
 check ruff check
 check ruff format --check
 check mypy
-check shellcheck --external-sources --source-path=SCRIPTDIR launch/*.sh launch/*.sbatch .ci/run
+check shellcheck --external-sources --source-path=SCRIPTDIR launch/*.sh launch/*.sbatch docker/*.sh .ci/run
+check hadolint --config docker/hadolint.yaml docker/Dockerfile docker/Dockerfile.cuda
 check python -m pytest "$@"
-say "passed: ruff, mypy, shellcheck, pytest"
+say "passed: ruff, mypy, shellcheck, hadolint, pytest"
