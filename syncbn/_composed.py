@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._statistics import Running, local_sums, mean_and_variance, refuse_one_value
+from ._statistics import Running, local_sums, mean_and_variance, refuse_one_value, update_running
 from .comm import Communicator
 
 
@@ -42,7 +42,7 @@ def sync_batch_norm(
         shift = shift + bias
     y: Tensor = centred * scale.to(values.dtype).view(channel) + shift.to(values.dtype).view(channel)
     if running is not None:
-        running.update(total.detach())
+        update_running(running, total.detach())
     return y.to(x.dtype)
 
 

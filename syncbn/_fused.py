@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _composed
-from ._statistics import Running, statistics
+from ._statistics import Running, statistics, update_running
 from .comm import Communicator
 from .kernels import Kernels
 
@@ -47,7 +47,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         of = statistics(total, eps)
         y = kernels.normalize(x, of, weight, bias)
         if running is not None:
-            running.update(total)
+            update_running(running, total)
         ctx.save_for_backward(x, weight, bias, of)
         ctx.eps, ctx.comm, ctx.kernels = eps, comm, kernels
         ctx.set_materialize_grads(False)

@@ -79,33 +79,36 @@ class Running(NamedTuple):
     var: Tensor | None
     momentum: float | Tensor
 
-    def update(self, total: Tensor) -> None:
-        """Move both in place, from `total` = `[Σx, Σx², N]`, float64 (2C+1,); not where N is 0.
 
-        running ← (1 - momentum)·running + momentum·value, in float64, with the mean and the unbiased variance
-        σ²·N/(N-1). Never reads a number back to the host, so `momentum` may be a tensor on the device.
-        """
-        if _is_native(total) and all(b is None or _is_native(b) for b in (self.mean, self.var)):
-            self._update_native(total)
-        else:
-            self._update(total)
+def update_running(running: Running, total: Tensor) -> None:
+    """Move both in place, from `total` = `[Σx, Σx², N]`, float64 (2C+1,); not where N is 0.
 
-    @torch.no_grad()
-    def _update(self, total: Tensor) -> None:
-        mean, variance = mean_and_variance(total)
-        count = total[-1:]
-        for running, value in ((self.mean, mean), (self.var, variance * (count / (count - 1).clamp(min=1)))):
-            if running is not None:
-                updated = running + self.momentum * (value - running.double())
-                running.copy_(torch.where(count > 0, updated, running))
+    running ← (1 - momentum)·running + momentum·value, in float64, with the mean and the unbiased variance σ²·N/(N-1).
+    Never reads a number back to the host, so `momentum` may be a tensor on the device.
+    """
+    if _is_native(total) and all(b is None or _is_native(b) for b in (running.mean, running.var)):
+        _update_native(running, total)
+    else:
+        _update(running, total)
 
-    def _update_native(self, total: Tensor) -> None:
-        native.update_running(
-            total.data_ptr(), total.numel() // 2, float(self.momentum), *_address(self.mean), *_address(self.var)
-        )
-        for running in (self.mean, self.var):
-            if running is not None:
-                torch.autograd.graph.increment_version(running)  # as every in-place operation does
+
+@torch.no_grad()
+def _update(running: Running, total: Tensor) -> None:
+    mean, variance = mean_and_variance(total)
+    count = total[-1:]
+    for buffer, value in ((running.mean, mean), (running.var, variance * (count / (count - 1).clamp(min=1)))):
+        if buffer is not None:
+            updated = buffer + running.momentum * (value - buffer.double())
+            buffer.copy_(torch.where(count > 0, updated, buffer))
+
+
+def _update_native(running: Running, total: Tensor) -> None:
+    native.update_running(
+        total.data_ptr(), total.numel() // 2, float(running.momentum), *_address(running.mean), *_address(running.var)
+    )
+    for buffer in (running.mean, running.var):
+        if buffer is not None:
+            torch.autograd.graph.increment_version(buffer)  # as every in-place operation does
 
 
 def _address(t: Tensor | None) -> tuple[int, bool]:
