@@ -80,11 +80,18 @@ template <>
 struct Element<bfloat16> {
     using Compute = float;
     using Stored = HalfBits;
-    static INLINE Float widen(Stored v) { return bit_cast<Float>(__builtin_convertvector(v, Bits) << 16); }
+#if defined(__AVX512F__)  // gcc 12 takes these conversions apart
+    static INLINE Bits extend(Stored v) { return (Bits)_mm512_cvtepu16_epi32((__m256i)v); }
+    static INLINE Stored cut(Bits v) { return (Stored)_mm512_cvtepi32_epi16((__m512i)v); }
+#else
+    static INLINE Bits extend(Stored v) { return __builtin_convertvector(v, Bits); }
+    static INLINE Stored cut(Bits v) { return __builtin_convertvector(v, Stored); }
+#endif
+    static INLINE Float widen(Stored v) { return bit_cast<Float>(extend(v) << 16); }
     static INLINE Stored narrow(Float v) {
         const Bits bits = bit_cast<Bits>(v);
         const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even; overflows to infinity
-        return __builtin_convertvector(v != v ? (bits >> 16) | 0x40 : rounded, Stored);  // NaN stays NaN
+        return cut(v != v ? (bits >> 16) | 0x40 : rounded);               // NaN stays NaN
     }
 };
 
