@@ -3,8 +3,8 @@
     ask_hosts.py NODE:RANKS,... TIMEOUT [INTERFACE]
 
 Prints, for the launch scripts: ranks in all; threads for each; whether ranks exceed cores anywhere (1 or 0); the
-interfaces and the networks by which the hosts reach one another; the first host whose own name does not stand for its
-address there, as HOST=ADDRESS=NAME'S, or "-". Standard library only.
+interfaces and the networks by which the hosts reach one another; NODE:RANKS,... with this host as localhost, since its
+own name may stand for nothing here. Standard library only.
 """
 
 import json
@@ -35,12 +35,9 @@ def main(hosts: str, timeout: str, wanted: str = "") -> None:
     threads = min(max(1, have // need) for have, need in zip(cores, ranks.values(), strict=True))
     crowded = any(need > have for have, need in zip(cores, ranks.values(), strict=True))
     lists = (",".join(dict.fromkeys(str(answer[key]) for answer in answers)) for key in ("interface", "network"))
-    wrong = [
-        f"{answer['host']}={answer['address']}={','.join(answer['own_name']) or 'nothing'}"
-        for answer in answers
-        if answer["address"] not in answer["own_name"]
-    ]
-    print(sum(ranks.values()), threads, int(crowded), *lists, wrong[0] if wrong else "-")
+    seen = ("localhost" if answer["host"] == HOST else host for host, answer in zip(ranks, answers, strict=True))
+    from_here = ",".join(f"{host}:{count}" for host, count in zip(seen, ranks.values(), strict=True))
+    print(sum(ranks.values()), threads, int(crowded), *lists, from_here)
 
 
 def parse(hosts: str) -> dict[str, int]:

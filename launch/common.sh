@@ -86,7 +86,8 @@ check_script() {
 }
 
 # For launchers that reach the other hosts by ssh: sets `procs`, in all, and `threads`, of each; with --hosts also
-# `crowded` (more ranks than cores somewhere), `interfaces`, `networks` and `misnamed`, as launch/ask_hosts.py says.
+# `crowded` (more ranks than cores somewhere), `interfaces`, `networks` and `hosts_from_here`, as launch/ask_hosts.py
+# says.
 ask_hosts() { # PYTHON
   if [[ $hosts && $procs_per_node ]]; then
     usage_error "--hosts says how many ranks each host has: leave --procs-per-node out"
@@ -94,7 +95,7 @@ ask_hosts() { # PYTHON
     local answer
     answer=$("$1" "$root/launch/ask_hosts.py" "$hosts" "$timeout" "$interface" 2>&1) || die "$answer"
     # shellcheck disable=SC2034 # the launchers use them
-    read -r procs threads crowded interfaces networks misnamed <<<"$answer"
+    read -r procs threads crowded interfaces networks hosts_from_here <<<"$answer"
   else
     number procs-per-node 1
     procs=$procs_per_node threads=$(threads_each "$procs")

@@ -26,20 +26,10 @@ ask_hosts "$python"
 # (syncbn.init sets it anew, to its own timeout.)
 flags=(-np "$procs" --gloo --gloo-timeout-seconds 120)
 
-# Horovod's process sets forget the network interface and go by the host's own name: without these checks, a segmentation
-# fault where the name resolves to nothing, an abort where it resolves to another host, or to 127.0.1.1 among several.
-if [[ $hosts ]]; then
-  if [[ $misnamed != - ]]; then
-    IFS='=' read -r name address wrong <<<"$misnamed"
-    die "Horovod needs each host's own name to stand for its address: on $name it stands for $wrong. Write" \
-      "'$address $name' into /etc/hosts there, or use launch/torchrun.sh or launch/mpirun.sh, which do not need it"
-  fi
-  # --disable-cache: it would remember for an hour that a host could be reached.
-  flags+=(-H "$hosts" --network-interfaces "$interfaces" --start-timeout "$timeout" --disable-cache)
-else
-  "$python" -c 'import socket; socket.socket().bind((socket.gethostname(), 0))' 2>/dev/null ||
-    die "Horovod needs this host's name to resolve to an address of this host: add '127.0.1.1 $HOSTNAME' to /etc/hosts"
-fi
+# -H: by a name that stands for nothing it would look for this host over ssh.
+# --disable-cache: it would remember for an hour that a host could be reached.
+[[ ! $hosts ]] ||
+  flags+=(-H "$hosts_from_here" --network-interfaces "$interfaces" --start-timeout "$timeout" --disable-cache)
 
 settings+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}")
 launch "$horovodrun" "${flags[@]}" "$python"

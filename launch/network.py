@@ -149,11 +149,9 @@ def describe(interface: Interface) -> dict[str, object]:
     """Return what a launcher has to know of this host."""
     return {
         "host": HOST,
-        "address": interface.address,
         "interface": interface.name,
         "network": str(interface.network),
         "cores": len(os.sched_getaffinity(0)),
-        "own_name": resolve(HOST),
     }
 
 

@@ -38,17 +38,13 @@ def test_gather() -> None:
 # What is wrong with some ranks
 
 RANK = Facts(
-    rank=0, host="node1", device="cpu", device_id="", interface="eth0", address="10.0.0.1", name_address="10.0.0.1",
+    rank=0, host="node1", device="cpu", device_id="", interface="eth0", address="10.0.0.1",
     variable="GLOO_SOCKET_IFNAME", remedy="set GLOO_SOCKET_IFNAME=eth0 on node1", cores="0xf", threads=2,
     python="3.11.7", torch="2.13.0", syncbn="0.1.0", shared_memory=True,
 )  # fmt: skip
-NODE2 = replace(RANK, rank=1, host="node2", address="10.0.0.2", name_address="10.0.0.2")
-LOOPBACK = replace(RANK, interface="lo", address="127.0.0.1", name_address="127.0.1.1")
+NODE2 = replace(RANK, rank=1, host="node2", address="10.0.0.2")
+LOOPBACK = replace(RANK, interface="lo", address="127.0.0.1")
 CUDA = replace(RANK, device="cuda:0", device_id="uuid-0")
-
-
-def horovod(rank: Facts) -> Facts:
-    return replace(rank, variable="HOROVOD_GLOO_IFACE")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +56,7 @@ def horovod(rank: Facts) -> Facts:
         [CUDA, replace(CUDA, rank=1, device="cuda:1", device_id="uuid-1")],
         [CUDA, replace(CUDA, rank=1, host="node2")],
         [replace(RANK, cores="0x3"), replace(RANK, rank=1, cores="0xc")],  # bound, two cores each
-        [replace(RANK, variable="", interface="", address="", name_address="127.0.1.1"), NODE2],  # MPI chooses itself
+        [replace(RANK, variable="", interface="", address=""), NODE2],  # MPI chooses itself
     ],
 )
 def test_sound_ranks(world: list[Facts]) -> None:
@@ -76,7 +72,6 @@ def test_sound_ranks(world: list[Facts]) -> None:
         ([CUDA, replace(CUDA, rank=1)], "error", "ranks 0, 1 share one CUDA device (cuda:0 on node1)"),
         ([CUDA, replace(RANK, rank=1)], "error", "rank 1 without a CUDA device"),
         ([LOOPBACK, NODE2], "error", "uses interface lo, which is loopback: set GLOO_SOCKET_IFNAME=eth0 on node1"),
-        ([horovod(replace(RANK, name_address="127.0.1.1")), horovod(NODE2)], "warning", "resolves to 127.0.1.1"),
         ([replace(RANK, threads=5)], "warning", "5 threads on 4 cores"),
         ([replace(RANK, cores="0x1"), replace(RANK, rank=1, cores="0x1")], "warning", "start fewer ranks"),
         ([replace(RANK, threads=3), replace(RANK, rank=1)], "warning", "set OMP_NUM_THREADS=2"),

@@ -38,7 +38,6 @@ class Facts:
     device_id: str  # of the CUDA device, unique in the world; "" on the CPU
     interface: str
     address: str
-    name_address: str
     variable: str
     remedy: str  # for a wrong interface
     cores: str  # the set of cores that it may use, as a hexadecimal mask: ranks may be bound
@@ -62,7 +61,6 @@ def facts(launch: Launch, here: Network) -> Facts:
         device_id=device_id,
         interface=here.interface,
         address=here.address,
-        name_address=here.name_address,
         variable=here.variable,
         remedy=here.remedy(),
         cores=hex(sum(1 << core for core in os.sched_getaffinity(0))),
@@ -142,11 +140,6 @@ def _addresses(world: Sequence[Facts]) -> Iterable[Finding]:
         if first.variable and first.address.startswith("127."):
             text = f"host {host} ({_ranks(group)}) uses interface {first.interface}, which is loopback"
             yield Finding("error", f"{text}: {first.remedy}")
-        elif first.name_address.startswith("127.") and first.variable == "HOROVOD_GLOO_IFACE":
-            text = (
-                f"host name {host} resolves to {first.name_address} on {_ranks(group)}; Horovod's process sets use it"
-            )
-            yield Finding("warning", f"{text}: give it its real address in /etc/hosts")
 
 
 def _cores(world: Sequence[Facts]) -> Iterable[Finding]:
