@@ -222,6 +222,18 @@ def test_plain_python_under_mpirun_takes_the_job_down(tmp_path) -> None:
     assert "rank 1 is ill" in job.stdout
 
 
+@pytest.mark.launcher
+@pytest.mark.timeout(90)
+def test_a_tensor_that_horovod_drops_is_an_error_not_a_hang(tmp_path) -> None:
+    """Seen where a tensor was enqueued while Horovod's background thread ended: nobody answers any more."""
+    end = "import horovod.torch as hvd\nhvd.poll = lambda handle: False\nlayer(torch.randn(4, 2))"
+    job = tmp_path / "job.py"
+    job.write_text(JOB.format(end=end, kwargs="dict(timeout=__import__('datetime').timedelta(seconds=3))"))
+    done = run_job(["bash", "launch/horovodrun.sh", "--procs-per-node", "2", "--", str(job)], seconds=80)
+    assert done.returncode != 0
+    assert "no answer from Horovod within 6 s" in done.stdout
+
+
 @pytest.mark.timeout(60)
 def test_a_backend_by_name_makes_a_world_of_one(tmp_path) -> None:
     """DDP needs a process group, also when the script is started alone."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from syncbn.errors import BackendError, CollectiveError, GroupError
 
-from ._protocol import Communicator, SharedHandle, check_payload, part_of
+from ._protocol import Communicator, SharedHandle, check_payload, part_of, wait_until
 
 
 def _hvd() -> Any:
@@ -34,13 +34,17 @@ class Horovod(SharedHandle):
     Args:
         process_set: a registered `horovod.torch.ProcessSet`; None is the global one.
         name: prefix of the names, the same on every rank.
+        timeout: Horovod's own (`init` sets them) come first and say more. A rank waits twice as long: Horovod 0.28.1
+            may drop a tensor that is enqueued while its background thread ends, and would then wait for ever.
 
     Raises:
         BackendError: horovod is not installed for this torch.
         GroupError: Horovod is not initialised, or this rank is not in the process set.
     """
 
-    def __init__(self, process_set: Any = None, *, name: str = "syncbn") -> None:
+    def __init__(
+        self, process_set: Any = None, *, name: str = "syncbn", timeout: timedelta = timedelta(minutes=10)
+    ) -> None:
         hvd = _hvd()
         if not hvd.is_initialized():
             raise GroupError("Horovod is not initialised: call syncbn.init() or horovod.torch.init()")
@@ -52,6 +56,7 @@ class Horovod(SharedHandle):
         self.rank: int = self.process_set.rank()
         self.size: int = self.process_set.size()
         self.name = name
+        self._timeout = timeout
 
     @classmethod
     def init(cls, timeout: timedelta) -> Horovod:
@@ -65,7 +70,7 @@ class Horovod(SharedHandle):
         # A cut link. horovodrun always sets it, to 30 s: short, on a busy machine, for ranks to meet in hvd.init().
         os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(seconds)
         hvd.init()
-        return cls()
+        return cls(timeout=timeout)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over the process set."""
@@ -76,7 +81,10 @@ class Horovod(SharedHandle):
         name = f"{self.name}.{x.numel()}"
         try:
             # Horovod averages unless told otherwise.
-            total: Tensor = hvd.allreduce(x, op=hvd.Sum, name=name, process_set=self.process_set)
+            handle = hvd.allreduce_async(x, op=hvd.Sum, name=name, process_set=self.process_set)
+            if not wait_until(lambda: hvd.poll(handle), 2 * self._timeout.total_seconds()):
+                raise RuntimeError(f"no answer from Horovod within {2 * self._timeout.total_seconds():g} s")
+            total: Tensor = hvd.synchronize(handle)
         except RuntimeError as error:  # HorovodInternalError is one
             raise CollectiveError(
                 f"all_reduce {name!r} failed on rank {self.rank} of {self.size} (Horovod): a peer died, ended, or did "
@@ -86,7 +94,7 @@ class Horovod(SharedHandle):
 
     def named(self, name: str) -> Horovod:
         """Return a communicator of the same process set whose collectives are called `name`."""
-        return Horovod(self.process_set, name=name)
+        return Horovod(self.process_set, name=name, timeout=self._timeout)
 
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return the communicator of the part that holds this rank; every rank registers every process set."""
@@ -94,7 +102,7 @@ class Horovod(SharedHandle):
         to_world = self.process_set.ranks if self.process_set.ranks is not None else list(range(hvd.size()))
         sets = [_registered([to_world[r] for r in part]) for part in partition]
         mine = list(partition).index(part_of(self.rank, partition))
-        return Horovod(sets[mine], name=self.name)
+        return Horovod(sets[mine], name=self.name, timeout=self._timeout)
 
 
 _process_sets: dict[tuple[int, ...], Any] = {}  # Horovod refuses to register the same ranks twice

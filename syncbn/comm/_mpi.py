@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -15,9 +13,7 @@ from torch import Tensor
 
 from syncbn.errors import BackendError, CollectiveError, GroupError
 
-from ._protocol import Communicator, SharedHandle, check_payload, part_of
-
-_SPINS = 200  # tests of a request before the core is offered to another rank each time
+from ._protocol import Communicator, SharedHandle, check_payload, part_of, wait_until
 
 
 def _mpi() -> Any:
@@ -87,23 +83,13 @@ class MPI(SharedHandle):
         mpi = _mpi()
         request = self.comm.Iallreduce(mpi.IN_PLACE, buffer, op=mpi.SUM)
         self._in_flight = (request, x)  # MPI writes to x until the request ends, also when we stop waiting
-        self._wait(request, x.numel())
+        if not wait_until(request.Test, self._timeout.total_seconds()):
+            raise CollectiveError(
+                f"all_reduce of {x.numel()} numbers over {self.size} MPI ranks: rank {self.rank} waited "
+                f"{self._timeout.total_seconds():g} s for a peer that died, ended, or did not call"
+            )
         self._in_flight = None
         return x
-
-    def _wait(self, request: Any, numel: int) -> None:
-        """Poll until `request` is done: MPI has no bounded wait of its own."""
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        spins = 0
-        while not request.Test():
-            spins += 1
-            if spins > _SPINS:
-                os.sched_yield()  # ranks may outnumber cores
-            if time.monotonic() > deadline:
-                raise CollectiveError(
-                    f"all_reduce of {numel} numbers over {self.size} MPI ranks: rank {self.rank} waited "
-                    f"{self._timeout.total_seconds():g} s for a peer that died, ended, or did not call"
-                )
 
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return the communicator of the part that holds this rank."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -78,6 +80,22 @@ def check_payload(x: Tensor) -> None:
         raise DTypeError("all_reduce expected a tensor without grad: pass x.detach()")
     if not x.is_contiguous():
         raise DTypeError(f"all_reduce expected a contiguous tensor, got strides {x.stride()}: pass x.contiguous()")
+
+
+_SPINS = 200  # looks before the core is offered to another rank each time
+
+
+def wait_until(done: Callable[[], bool], seconds: float) -> bool:
+    """Poll until `done()`, for backends without a bounded wait of their own; False after `seconds`."""
+    deadline = time.monotonic() + seconds
+    spins = 0
+    while not done():
+        spins += 1
+        if spins > _SPINS:
+            os.sched_yield()  # ranks may outnumber cores
+        if time.monotonic() > deadline:
+            return False
+    return True
 
 
 def part_of(rank: int, partition: Sequence[Sequence[int]]) -> Sequence[int]:
