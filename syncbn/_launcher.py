@@ -241,7 +241,7 @@ def _meeting_point(launch: Launch, env: Environment) -> str:
         return "env://"  # torchrun serves the store there, and tells so in further variables
     if launch.launcher == "srun":
         address = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", ""))
-        # launch/slurm-common.sh comes to the same number; the system gives those from 32768 on to clients.
+        # launch/slurm-rank.sh comes to the same number; the system gives those from 32768 on to clients.
         port = env.get("MASTER_PORT") or str(20000 + _number(env, "SLURM_JOB_ID", launcher="srun") % 10000)
         return f"tcp://{address}:{port}"
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
