@@ -311,7 +311,7 @@ def test_no_thread_of_gloo_outlives_the_process_group(tmp_path) -> None:
         "import atexit, os, syncbn, torch\n"
         "torch.set_num_threads(1)\n"
         "def threads():\n"
-        "    return len(os.listdir('/proc/self/task'))\n"  # not by name, which a new thread gives itself some time later
+        "    return len(os.listdir('/proc/self/task'))\n"  # not by name: a new thread gives itself one some time later
         "before = threads()\n"
         "atexit.register(lambda: print('at exit:', threads() - before))\n"  # runs after what init registers
         "comm = syncbn.init('gloo')\n"
