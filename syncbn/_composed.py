@@ -7,43 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._statistics import Running, local_sums, mean_and_variance, refuse_one_value, update_running
+from ._statistics import Running
 from .comm import Communicator
+from .kernels import _composed
 
 
 def sync_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, comm: Communicator, running: Running | None
 ) -> Tensor:
-    """Normalise `x` (N, C, *) with the moments of all replicas; then move the `running` statistics, if any.
-
-    Everything works on d = x - p with p this replica's own mean: sums of d do not cancel, and neither does
-    y = γ/√(σ²+ε)·(d - (μ - p)) + β, however far the mean is from zero.
-
-    Collectives: one float64 all-reduce of 2C+1 numbers, one of 2C in a backward that needs dx.
-    """
-    dims = [0, *range(2, x.dim())]
-    channel = [1, -1] + [1] * (x.dim() - 2)
-    values = _KeepLayout.apply(x).to(compute_dtype(x))  # type: ignore[no-untyped-call]
-    count = x.numel() // x.shape[1]  # values per channel here
-    pivot = values.detach().sum(dims) / max(count, 1)  # a constant to autograd: the result does not depend on it
-    centred = values - pivot.view(channel)
-
-    n = torch.full((1,), count, dtype=torch.float64, device=x.device)
-    sums, n = all_reduce_sums(local_sums(centred, pivot, count), n, comm)
-    total = torch.cat([sums, n])
-    refuse_one_value(total)
-    mean, variance = mean_and_variance(total)
-
-    scale = torch.rsqrt(variance + eps)
-    if weight is not None:
-        scale = scale * weight
-    shift = (pivot - mean) * scale
-    if bias is not None:
-        shift = shift + bias
-    y: Tensor = centred * scale.to(values.dtype).view(channel) + shift.to(values.dtype).view(channel)
-    if running is not None:
-        update_running(running, total.detach())
-    return y.to(x.dtype)
+    """Normalise `x` (N, C, *) with the moments of all replicas; then move the `running` statistics, if any."""
+    sums, n = _composed.moments(x).tensor_split([-1])
+    total = torch.cat(all_reduce_sums(sums, n.detach(), comm))
+    return _composed.normalize(x, total, weight, bias, eps, running)[0]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -76,19 +51,3 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         return all_reduce_sums(grad, grad.new_empty(0), ctx.comm)[0], None, None
-
-
-class _KeepLayout(torch.autograd.Function):
-    """The identity, whose gradient has the memory format of its input, whatever that of the output's gradient is."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.memory_format = torch._prims_common.suggest_memory_format(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous(memory_format=ctx.memory_format)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _composed
-from ._statistics import Running, statistics, update_running
+from ._statistics import Running
 from .comm import Communicator
 from .kernels import Kernels
 
@@ -44,10 +44,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         kernels: Kernels,
     ) -> Tensor:
         total = comm.all_reduce(kernels.moments(x))
-        of = statistics(total, eps)
-        y = kernels.normalize(x, of, weight, bias)
-        if running is not None:
-            update_running(running, total)
+        y, of = kernels.normalize(x, total, weight, bias, eps, running)
         ctx.save_for_backward(x, weight, bias, of)
         ctx.eps, ctx.comm, ctx.kernels = eps, comm, kernels
         ctx.set_materialize_grads(False)

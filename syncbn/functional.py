@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _composed, _fused
+from . import kernels as _kernels
 from ._statistics import Running, one_value, recomputing
 from .comm._groups import ProcessGroup, resolve
 from .errors import DTypeError, InputError
@@ -83,9 +84,9 @@ def sync_batch_norm(
     comm = resolve(process_group)
     if comm.size == 1 and input.numel() == input.shape[1]:  # known without asking the device
         raise one_value()
-    running = None if recomputing() else Running(running_mean, running_var, momentum)
-    kernels = kernels_for(input)
-    if kernels is None:
+    running = None if recomputing() else Running(running_mean, running_var, None, momentum)
+    kernels = kernels_for(input, running_mean, running_var, weight, bias)
+    if kernels is _kernels._composed:
         return _composed.sync_batch_norm(input, weight, bias, eps, comm, running)
     return _fused.sync_batch_norm(input, weight, bias, eps, comm, running, kernels)
 
