@@ -12,10 +12,8 @@ from ._recomputation import is_repeatable, once
 from ._statistics import Running, one_value, statistics, update_running
 from .comm import Communicator
 from .errors import InputError
-from .kernels import composed, kernels_for
-
-_NOTHING = Running(None, None)
-
+from .kernels import _composed as composed
+from .kernels import kernels_for
 
 def sync_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float, comm: Communicator
@@ -59,10 +57,10 @@ def forward(
     """
     if comm.size == 1 and x.numel() == x.shape[1]:  # known without asking the device
         raise one_value()
-    kernels = kernels_for(x, weight, bias, running.mean, running.var)
+    kernels = kernels_for(x, weight, bias, *running[:3])
     total = comm.all_reduce(kernels.moments(x))
     counted = once(total, running, repeatable=repeatable)
-    y, known = kernels.normalize(x, total, weight, bias, eps, running if move and counted is total else _NOTHING)
+    y, known = kernels.normalize(x, total, weight, bias, eps, running if move and counted is total else None)
     if move and counted is not total:
         update_running(running, counted)
     return y, known, counted

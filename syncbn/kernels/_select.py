@@ -1,50 +1,45 @@
-"""Which kernels take a tensor, if any."""
+"""Which kernels work on the tensors of a call."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
-import warnings
 
 import torch
 from torch import Tensor
 
-from . import _cuda
+from . import _composed, _torch
 from ._protocol import Kernels
 
 
-def kernels_for(x: Tensor) -> Kernels | None:
-    """Return the kernels for `x`, or None where the composed definition is to do the work.
+def kernels_for(*tensors: Tensor | None) -> Kernels:
+    """Return the kernels for all the tensors of a call: input, gradient, parameters, buffers.
 
-    None while torch.compile, torch.jit.trace or a torch.func transform looks on, for tensor subclasses (DTensor, fake
-    tensors), for devices and dtypes without kernels, and where the environment says SYNCBN_KERNELS=composed.
+    They are the composed ones while torch.compile or torch.jit.trace looks on, where no native set takes every tensor,
+    and where the environment says SYNCBN_KERNELS=composed.
     """
     if (
-        torch.compiler.is_compiling()
+        os.environ.get("SYNCBN_KERNELS") == "composed"
+        or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
-        or os.environ.get("SYNCBN_KERNELS") == "composed"
     ):
-        return None
-    if x.is_cuda:
-        return _cuda if x.dtype in _cuda.DTYPES else None
-    if x.device.type == "cpu":
-        kernels = _compiled()
-        return kernels if kernels is not None and x.dtype in kernels.DTYPES else None
-    return None
+        return _composed
+    for kernels in _native_sets():
+        if kernels.takes(*tensors):
+            return kernels
+    return _composed
 
 
 @functools.cache
-def _compiled() -> Kernels | None:
-    """Return the compiled CPU kernels; None, said once, where the library was installed without them."""
+def _native_sets() -> tuple[Kernels, ...]:
     try:
         from . import _cpu
-    except ImportError as error:
-        warnings.warn(
-            f"syncbn was installed without its compiled CPU kernels and uses plain torch operations, several times "
-            f"slower: reinstall with a C++ compiler and without SYNCBN_BUILD_NATIVE=0 ({error})",
-            stacklevel=5,
+    except ImportError as error:  # a log record: as an exception, under python -W error, one rank would raise it alone
+        logging.getLogger("syncbn").warning(
+            "syncbn was installed without its compiled CPU kernels and uses plain torch operations, several times "
+            "slower: reinstall with a C++ compiler and without SYNCBN_BUILD_NATIVE=0 (%s)",
+            error,
         )
-        return None
-    return _cpu
+        return (_torch,)
+    return _cpu, _torch
