@@ -10,7 +10,13 @@ from torch._subclasses import FakeTensor
 from .errors import DTypeError, InputError
 
 
-def check(input: Tensor, **per_channel: Tensor | None) -> None:
+def check(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+) -> None:
     """Refuse an input that is not (N, C, *) of a floating dtype, and tensors per channel that do not fit it.
 
     Raises:
@@ -19,28 +25,32 @@ def check(input: Tensor, **per_channel: Tensor | None) -> None:
     """
     if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, which would bake the shapes in
         return
-    if input.dim() < 2:
-        raise InputError(f"expected 2D or more input, got {input.dim()}D of shape {tuple(input.shape)}: pass (N, C, *)")
+    shape = input.shape
+    if len(shape) < 2:
+        raise InputError(f"expected 2D or more input, got {len(shape)}D of shape {tuple(shape)}: pass (N, C, *)")
     _check_kind("input", input)
-    channels = input.shape[1]
+    channels = shape[1]
     if channels == 0:
-        raise InputError(f"expected at least 1 channel, got input of shape {tuple(input.shape)}")
-    for name, tensor in per_channel.items():
+        raise InputError(f"expected at least 1 channel, got input of shape {tuple(shape)}")
+    expected = (channels,)
+    for name, tensor in zip(_PER_CHANNEL, (weight, bias, running_mean, running_var), strict=True):
         if tensor is None:
             continue
-        if tensor.dim() != 1 or tensor.shape[0] != channels:
+        if tensor.shape != expected:
             raise InputError(
-                f"expected {name} of shape ({channels},) for input of shape {tuple(input.shape)}, "
+                f"expected {name} of shape ({channels},) for input of shape {tuple(shape)}, "
                 f"got {tuple(tensor.shape)}: the input's axis 1 must be the layer's channels"
             )
         _check_kind(name, tensor)
 
 
+_PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
+
+
 def _check_kind(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise DTypeError(f"expected floating-point {name}, got {tensor.dtype}: convert it, e.g. with .float()")
-    computes_itself = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    if computes_itself and not is_traced(tensor):
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_traced(tensor):
         raise DTypeError(
             f"expected an ordinary tensor as {name}, got a {type(tensor).__name__}, whose values are elsewhere: "
             "pass this replica's own part, e.g. DTensor.to_local()"

@@ -55,7 +55,7 @@ def _forward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, `[mean, 1/√(σ²+ε), N]` and the total that moves the running statistics, which are only looked at."""
-    check(x, running_mean=mean, running_var=var, weight=weight, bias=bias)  # jit.trace cannot before
+    check(x, weight, bias, mean, var)  # jit.trace cannot before
     running = Running(mean, var, batches)
     y, known, counted = _autograd.forward(
         x, weight, bias, running, eps, communicator(group), repeatable or is_repeatable(), move=False

@@ -94,7 +94,7 @@ def train(
     tensors = (input, weight, bias)
     if has_torch_function(tensors):  # subclasses and modes decide, as for a function of torch's own
         return handle_torch_function(train, tensors, input, weight, bias, running, eps, group)  # type: ignore[no-any-return, no-untyped-call]
-    check(input, running_mean=running.mean, running_var=running.var, weight=weight, bias=bias)
+    check(input, weight, bias, running.mean, running.var)
     if is_traced(input):
         return _operators.sync_batch_norm(input, weight, bias, running, eps, group)
     refuse_transforms(input)
@@ -110,7 +110,7 @@ def evaluate(
     eps: float,
 ) -> Tensor:
     """Use torch's own kernel, after the conversions that it asks for but does not make."""
-    check(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    check(input, weight, bias, running_mean, running_var)
     per_channel = [running_mean, running_var, weight, bias]
     dtypes = {tensor.dtype for tensor in per_channel if tensor is not None}
     mixed = input.dtype in (torch.float16, torch.bfloat16) and dtypes == {torch.float32}  # torch's one allowed mixture
