@@ -30,6 +30,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace nb = nanobind;
 
@@ -76,7 +77,11 @@ struct Header {
 
 struct File {
     int fd;
-    ~File() { close(fd); }
+    ~File() { close(); }
+
+    void close() {
+        if (fd >= 0) ::close(std::exchange(fd, -1));
+    }
 
     static int create(std::size_t bytes) {
         File file{memfd_create("syncbn", MFD_CLOEXEC)};
@@ -106,7 +111,11 @@ struct Mapping {
         if (memory == MAP_FAILED) throw_os_error(errno, "mmap");
         start = static_cast<std::byte *>(memory);
     }
-    ~Mapping() { munmap(start, bytes); }
+    ~Mapping() { close(); }
+
+    void close() {
+        if (start != nullptr) munmap(std::exchange(start, nullptr), bytes);
+    }
 };
 
 class SharedMemory {
@@ -139,8 +148,7 @@ class SharedMemory {
 
     void all_reduce(std::uintptr_t data, std::size_t numel, bool is_float64, double seconds) {
         std::lock_guard<std::mutex> one_thread_at_a_time(mutex_);
-        if (gave_up_) throw std::runtime_error("an earlier one failed here: make the communicator anew");
-        if (getpid() != slot(me_).pid) throw std::runtime_error("a forked process cannot act for its parent");
+        if (memory_.start == nullptr) throw std::runtime_error("this memory was released");
         if (is_float64)
             sum(reinterpret_cast<double *>(data), numel, Seconds{seconds});
         else
@@ -149,11 +157,19 @@ class SharedMemory {
 
     // This rank will post no more: the peers that wait for it are told so.
     void give_up() {
-        gave_up_ = true;
+        if (memory_.start == nullptr) return;
         struct flock byte = lock_of(me_);
         byte.l_type = F_UNLCK;
         fcntl(file_.fd, F_SETLK, &byte);
         ring();
+    }
+
+    // Does so, and releases the memory once no other thread of this process sums in it.
+    void close() {
+        std::lock_guard<std::mutex> one_thread_at_a_time(mutex_);
+        give_up();
+        memory_.close();
+        file_.close();
     }
 
   private:
@@ -212,12 +228,7 @@ class SharedMemory {
             waited < kSpin ? relax() : void(sched_yield());  // to whoever else wants the core
             if (all_posted()) return;
         }
-        try {
-            sleep_until_all_posted(begin, timeout);
-        } catch (...) {
-            give_up();
-            throw;
-        }
+        sleep_until_all_posted(begin, timeout);
     }
 
     void sleep_until_all_posted(Clock::time_point begin, Seconds timeout) {
@@ -306,11 +317,10 @@ class SharedMemory {
 
     const std::vector<int> ranks_;
     const std::size_t me_;
-    const File file_;
-    const Mapping memory_;
+    File file_;
+    Mapping memory_;
     Seconds awake_{0};  // before a wait goes to sleep: there is a core for each rank, or not
     std::uint32_t round_ = 0;
-    bool gave_up_ = false;
     std::mutex mutex_;
 };
 
@@ -322,7 +332,8 @@ void bind_shared_memory(nb::module_ &module) {
         .def_prop_ro("fd", &SharedMemory::fd)
         .def("start", &SharedMemory::start)
         .def("all_reduce", &SharedMemory::all_reduce, nb::call_guard<nb::gil_scoped_release>())
-        .def("give_up", &SharedMemory::give_up);
+        .def("give_up", &SharedMemory::give_up)
+        .def("close", &SharedMemory::close, nb::call_guard<nb::gil_scoped_release>());
 }
 
 #else

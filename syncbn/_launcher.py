@@ -5,16 +5,18 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .comm import MPI, Communicator, Horovod, SingleProcess, TorchDistributed
-from .comm._distributed import release
+from .comm import MPI, Horovod, SingleProcess, TorchDistributed
 from .comm._groups import set_world, world
+from .comm._protocol import BaseCommunicator
 from .errors import BackendError, LaunchError
 
 Environment = Mapping[str, str]
@@ -136,7 +138,7 @@ def _check_nesting(inner: Launch, outer: Launch) -> None:
         raise LaunchError(f"{both}: use one launcher, or unset the variables of the other")
 
 
-def init(backend: str | None = None, *, timeout: timedelta = DEFAULT_TIMEOUT) -> Communicator:
+def init(backend: str | None = None, *, timeout: timedelta = DEFAULT_TIMEOUT) -> BaseCommunicator:
     """Join the world that the launcher made, and return its communicator.
 
     =============  ======================================  ==================================
@@ -151,7 +153,8 @@ def init(backend: str | None = None, *, timeout: timedelta = DEFAULT_TIMEOUT) ->
     =============  ======================================  ==================================
 
     The device is made current (`torch.cuda.set_device`), so `torch.device("cuda")` is it. Calling `init` again returns
-    the same world; where torch.distributed is initialised already, that is it. What `init` started it ends at exit.
+    the same world; where torch.distributed is initialised already, that is it. What `init` started ends with
+    the communicator's `close()`, after which `init` makes the world anew, or at exit.
 
     Args:
         backend: None for the table; "nccl" or "gloo" for torch.distributed (under mpirun or horovodrun set MASTER_ADDR
@@ -159,7 +162,8 @@ def init(backend: str | None = None, *, timeout: timedelta = DEFAULT_TIMEOUT) ->
         timeout: how long a rank waits for its peers, in each collective and to meet them.
 
     Raises:
-        LaunchError: the environment is contradictory or incomplete; `backend` is unknown or does not fit.
+        LaunchError: the environment is contradictory or incomplete; `backend` is unknown, does not fit, or is not that
+            of the world that there is.
         BackendError: mpi4py or horovod is missing.
 
     Example:
@@ -168,13 +172,23 @@ def init(backend: str | None = None, *, timeout: timedelta = DEFAULT_TIMEOUT) ->
     """
     if backend is not None and backend not in BACKENDS:
         raise LaunchError(f"unknown backend {backend!r}: expected None or one of {BACKENDS}")
-    if not isinstance(world(), SingleProcess):
-        return world()  # joined before, by us or by the user
+    joined = world()
+    if not isinstance(joined, SingleProcess):  # by us or by the user
+        _check_backend(joined, backend)
+        return joined
     launch = detect(os.environ)
     _select_device(launch)
     comm = _join(launch, backend or _default_backend(launch), timeout)
-    set_world(comm)
-    return comm
+    return comm if isinstance(comm, SingleProcess) else set_world(comm)
+
+
+def _check_backend(joined: BaseCommunicator, backend: str | None) -> None:
+    if backend is not None and backend not in joined.backends:
+        there = " and ".join(sorted(joined.backends))
+        raise LaunchError(
+            f"init({backend!r}), but this process is in a world of {there} already: {joined!r}. "
+            "Leave the backend out to use that one, or end it first (syncbn.world().close(), or as you made it)"
+        )
 
 
 def _default_backend(launch: Launch) -> str:
@@ -185,13 +199,14 @@ def _default_backend(launch: Launch) -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
-def _join(launch: Launch, backend: str, timeout: timedelta) -> Communicator:
+def _join(launch: Launch, backend: str, timeout: timedelta) -> BaseCommunicator:
     if backend == "none":
         return world()
     if backend == "horovod":
         return _join_horovod(launch, timeout)
     comm = MPI(timeout=timeout) if backend == "mpi" else _join_torch(launch, backend, timeout)
     if comm.size != launch.size:
+        comm.close()
         remedy = "start the job with that backend's launcher, or with the MPI that mpi4py loads"
         if launch.launcher == "srun":  # whose --mpi is "none" on most clusters: MPI then makes a world of each task
             remedy = "start the job with launch/mpirun.sh in an sbatch script, or with srun --mpi=pmix (MPICH: pmi2)"
@@ -202,37 +217,63 @@ def _join(launch: Launch, backend: str, timeout: timedelta) -> Communicator:
     return comm
 
 
-def _join_horovod(launch: Launch, timeout: timedelta) -> Communicator:
+def _join_horovod(launch: Launch, timeout: timedelta) -> Horovod:
     if launch.launcher not in ("horovodrun", "none"):
         raise LaunchError(f"backend 'horovod' under {launch.launcher}: start the job with horovodrun")
     return Horovod.init(timeout)
 
 
-def _join_torch(launch: Launch, backend: str, timeout: timedelta) -> Communicator:
+def _join_torch(launch: Launch, backend: str, timeout: timedelta) -> TorchDistributed:
     if not dist.is_available():
         raise BackendError("this torch is built without torch.distributed: install another build, or use MPI")
     # With NCCL, Gloo takes the CPU tensors: the state of a model that stays on the host can be communicated, too.
     name = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
-    if launch.launcher == "none":
-        from torch.distributed import HashStore  # type: ignore[attr-defined]
-
-        dist.init_process_group(name, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(
-            name,
-            init_method=_meeting_point(launch, os.environ),
-            rank=launch.rank,
-            world_size=launch.size,
-            timeout=timeout,
-        )
+    store = _store(launch, timeout)
+    dist.init_process_group(name, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
+    atexit.unregister(_leave)
     atexit.register(_leave)
-    return TorchDistributed(timeout=timeout)
+    comm = TorchDistributed(timeout=timeout, own_group=True)
+    comm.owns_group = True
+    return comm
+
+
+_generation = 0  # of worlds that this process has joined
+_stores: dict[str, Any] = {}  # by meeting point
+
+
+def _store(launch: Launch, timeout: timedelta) -> Any:
+    """Return a store of this world's own.
+
+    Where ranks meet again, under torchrun for one, the keys of the world before, the addresses of its ranks, are still
+    there: hence a prefix. The connection is kept, since rank 0 may serve the store: a rank that comes back at once
+    would else find the old server, just before it ends.
+    """
+    global _generation
+    if launch.launcher == "none":
+        return dist.HashStore()  # type: ignore[attr-defined]
+    where = _meeting_point(launch, os.environ)
+    if where not in _stores:
+        _stores[where], _, _ = next(dist.rendezvous(where, launch.rank, launch.size, timeout=timeout))  # type: ignore[attr-defined]
+        _stores[where].set_timeout(timeout)
+    _generation += 1
+    return dist.PrefixStore(f"syncbn {_generation}", _stores[where])  # type: ignore[attr-defined]
 
 
 def _leave() -> None:
-    set_world(None)
-    if dist.is_initialized():
-        release()
+    """End the process groups: Gloo joins its threads when the last reference goes.
+
+    A thread of its that waits for the interpreter, to free the tensors of the last collective, while that ends already
+    would abort the process. The pause serves those whose group the user still holds (DDP does).
+    """
+    if os.getpid() != _pid or not dist.is_initialized():  # a forked child has no such threads
+        return
+    dist.destroy_process_group()
+    world()  # which notices
+    _stores.clear()
+    time.sleep(0.02)
+
+
+_pid = os.getpid()
 
 
 def _meeting_point(launch: Launch, env: Environment) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+import logging.handlers
 import os
 import random
 import resource
@@ -30,6 +32,7 @@ from syncbn.errors import BackendError, CollectiveError, GroupError
 pytestmark = pytest.mark.skipif(not _shared_memory.AVAILABLE, reason="syncbn._native is missing: pip install .")
 
 BUFFER = 64 << 10  # bytes that go through in one piece
+SHARED, TWO_LEVELS = "shared memory", "shared memory within hosts, gloo between"
 
 
 def shared(seconds: float = 20, **kwargs: Any) -> SharedMemory:
@@ -50,11 +53,11 @@ def _conformance(rank: int, size: int, way: str) -> str:
         patch.setenv("SYNCBN_SHARED_MEMORY", "0" if way == "off" else "1")
         comm = shared() if way == "direct" else TorchDistributed()
         assert conformance(comm) == len(CHECKS)
-        return type(getattr(comm, "_cpu", comm)).__name__
+        return comm.transport
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize(("way", "expected"), [("direct", "SharedMemory"), ("on", "SharedMemory"), ("off", "_Plain")])
+@pytest.mark.parametrize(("way", "expected"), [("direct", SHARED), ("on", SHARED), ("off", "gloo")])
 def test_conformance(gloo, size: int, way: str, expected: str) -> None:
     assert gloo(size, _conformance, way) == [expected] * size
 
@@ -200,8 +203,10 @@ def _different(rank: int, size: int, lengths: list[int], dtypes: list[torch.dtyp
     comm = shared()
     with pytest.raises(CollectiveError) as caught:
         comm.all_reduce(torch.ones(lengths[rank], dtype=dtypes[rank]))
-    random_lengths(comm, 50)  # still in step
-    return str(caught.value).partition("): ")[2]
+    with pytest.raises(CollectiveError, match="is|are out of step") as again:  # for good
+        comm.all_reduce(torch.ones(3))
+    assert str(caught.value) in str(again.value)
+    return str(caught.value).partition("in time: ")[2]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +238,8 @@ def test_a_rank_that_never_calls_is_named_after_the_deadline(gloo) -> None:
     answers = gloo(3, _one_stays_away)
     for rank in (0, 2):
         message, seconds = answers[rank]
-        assert message.startswith(f"all_reduce of 3 numbers failed on rank {rank} of 3 (shared memory): rank 1 (pid ")
+        assert message.startswith(f"all_reduce of 3 numbers failed on rank {rank} of 3 (shared memory): a peer died")
+        assert "in time: rank 1 (pid " in message
         assert message.endswith("did not call within 1.5 s")
         assert 1.5 <= seconds < 4
 
@@ -255,7 +261,7 @@ def _gives_up(rank: int, size: int) -> str:
 
 def test_after_an_error_nobody_waits(gloo) -> None:
     here, peer = gloo(2, _gives_up)
-    assert here.endswith("an earlier one failed here: make the communicator anew")
+    assert "broken), since its ranks are out of step: all_reduce of 3 numbers failed on rank 0" in here
     assert "rank 0 (pid " in peer
     assert peer.endswith("has ended or given up")
 
@@ -285,7 +291,7 @@ def _make(rank: int, size: int, names: str = "", seconds: float = 30) -> str:
             patch.setattr(socket, "gethostname", lambda: names[rank])
         kept[:] = [TorchDistributed(dist.new_group(), timeout=timedelta(seconds=seconds))]
         kept[0].all_reduce(torch.ones(1))
-    return type(kept[0]._cpu).__name__  # type: ignore[attr-defined]
+    return kept[0].transport  # type: ignore[attr-defined]
 
 
 def _until_it_fails(rank: int, size: int) -> tuple[str, float]:
@@ -318,7 +324,8 @@ def kill_one(size: int, victim: int, *make: Any) -> tuple[dict[int, tuple[str, f
 def test_a_killed_rank_is_named_at_once(victim: int) -> None:
     errors, pid = kill_one(3, victim)
     for message, seconds in errors.values():
-        assert message.endswith(f"(shared memory): rank {victim} (pid {pid}) has ended or given up")
+        assert "(shared memory)" in message
+        assert message.endswith(f"in time: rank {victim} (pid {pid}) has ended or given up")
         assert seconds < 3
     assert not [name for name in os.listdir("/dev/shm") if "syncbn" in name]
 
@@ -328,7 +335,7 @@ def test_a_killed_rank_with_two_hosts() -> None:
     errors, pid = kill_one(4, 3, "aabb", 3)
     assert errors[2][0].endswith(f"rank 3 (pid {pid}) has ended or given up")
     assert errors[2][1] < 3
-    assert "(gloo): rank 2 died, ended, or did not call within the timeout" in errors[0][0]
+    assert "in time: rank 2: " in errors[0][0]
     assert "rank 0 (pid " in errors[1][0]
     assert errors[1][0].endswith("has ended or given up")  # told so, not at its own deadline
     assert max(errors[0][1], errors[1][1]) < 6
@@ -362,13 +369,18 @@ def _unmappable(*args: Any) -> None:
 
 def _fall_back(rank: int, size: int, victim: int, how: str) -> list[str]:
     comm = TorchDistributed()
-    with warnings.catch_warnings(record=True) as caught, no_memory(how if rank == victim else ""):
-        warnings.simplefilter("always")
-        conformance(comm)
-    assert comm._cpu is comm._plain
+    log, logged = logging.getLogger("syncbn"), logging.handlers.BufferingHandler(100)
+    log.addHandler(logged)
+    try:
+        with warnings.catch_warnings(), no_memory(how if rank == victim else ""):
+            warnings.simplefilter("error")  # as python -W error: rank 0 alone would raise
+            conformance(comm)
+    finally:
+        log.removeHandler(logged)
+    assert comm.transport == "gloo"
     with no_memory(how if rank == victim else ""), pytest.raises(BackendError, match="no shared memory on rank"):
         SharedMemory(comm)
-    return [str(warning.message) for warning in caught]
+    return [record.getMessage() for record in logged.buffer]
 
 
 @pytest.mark.parametrize(
@@ -399,7 +411,7 @@ def _two_levels(rank: int, size: int, names: str, switch: str = "1") -> str:
         comm = TorchDistributed()
         conformance(comm)
     random_bits(comm)
-    return type(comm._cpu).__name__
+    return comm.transport
 
 
 def random_bits(comm: Communicator) -> None:
@@ -414,7 +426,7 @@ def random_bits(comm: Communicator) -> None:
 
 @pytest.mark.parametrize(
     ("names", "expected"),
-    [("aabb", "TwoLevel"), ("abab", "TwoLevel"), ("aab", "TwoLevel"), ("abb", "TwoLevel"), ("abc", "_Plain")],
+    [("aabb", TWO_LEVELS), ("abab", TWO_LEVELS), ("aab", TWO_LEVELS), ("abb", TWO_LEVELS), ("abc", "gloo")],
 )
 def test_two_levels(gloo, names: str, expected: str) -> None:
     assert gloo(len(names), _two_levels, names) == [expected] * len(names)
@@ -422,7 +434,7 @@ def test_two_levels(gloo, names: str, expected: str) -> None:
 
 def test_ranks_need_not_agree_on_the_switch(gloo) -> None:
     """A rank that does without is a host of its own."""
-    assert gloo(3, _two_levels, "aaa", "0") == ["TwoLevel"] * 3
+    assert gloo(3, _two_levels, "aaa", "0") == [TWO_LEVELS] * 3
 
 
 def _subgroups(rank: int, size: int, names: str) -> list[str]:
@@ -433,10 +445,9 @@ def _subgroups(rank: int, size: int, names: str) -> list[str]:
         for comm in parts:
             conformance(comm) if comm.size > 1 else None
         assert hosts(whole) == [[0, 1], [2, 3]]
-        return [type(comm._cpu).__name__ for comm in parts]  # type: ignore[attr-defined]
+        return [comm.transport for comm in parts]  # type: ignore[attr-defined]
 
 
 def test_subgroups_over_two_hosts(gloo) -> None:
-    shared, plain, two, none = "SharedMemory", "_Plain", "TwoLevel", "NoneType"
     answers = gloo(4, _subgroups, "aabb")
-    assert answers == [[shared, plain, none, two], *[[shared, plain, two, two]] * 3]
+    assert answers == [[SHARED, "gloo", "gloo", TWO_LEVELS], *[[SHARED, "gloo", TWO_LEVELS, TWO_LEVELS]] * 3]

@@ -140,11 +140,11 @@ DIFFERENT = {
 @pytest.mark.parametrize("payload", DIFFERENT.values(), ids=DIFFERENT)
 def test_different_payloads_are_an_error_on_every_replica(payload):
     def replica(comm):
-        with pytest.raises(CollectiveError, match="different dtypes or shapes"):
-            comm.all_reduce(payload(comm.rank))
-        return total(comm)  # and nobody is out of step
+        for _ in range(2):  # and from then on
+            with pytest.raises(CollectiveError, match="different dtypes or shapes"):
+                comm.all_reduce(payload(comm.rank))
 
-    assert run_threads(3, replica) == [3.0] * 3
+    run_threads(3, replica)
 
 
 def test_layers_of_different_widths_are_an_error_and_not_garbage():
@@ -157,7 +157,7 @@ def test_layers_of_different_widths_are_an_error_and_not_garbage():
 
 
 def test_a_peer_that_does_not_call_is_an_error_after_the_deadline():
-    with pytest.raises(CollectiveError, match=r"over 2 threads.*did not call within 0.1 s"):
+    with pytest.raises(CollectiveError, match=r"of 2 \(threads\).*did not call within 0.1 s"):
         run_threads(2, lambda comm: total(comm) if comm.rank else None, timeout=0.1)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -12,159 +11,188 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.errors import CollectiveError, GroupError
+from syncbn.errors import GroupError
 
 from ._hosts import by_hosts
-from ._protocol import Communicator, SharedHandle, check_payload, part_of
+from ._protocol import BaseCommunicator, Communicator, log, part_of
 
-# Gloo's cost is round trips: 2(w-1) for its all-reduce, w-1 for an all-gather. Beyond a few ranks the bytes of the
-# all-gather, which grow with w, eat the gain.
-_GATHER_AT_MOST = 8
 _TAG = 0x5BA7  # of messages between two ranks: not one that the user's own have
 
 
-_made: weakref.WeakSet[TorchDistributed] = weakref.WeakSet()
-
-
-class TorchDistributed(SharedHandle):
+class TorchDistributed(BaseCommunicator):
     """A `torch.distributed` process group.
 
-    Over Gloo, CPU tensors are added in memory that the ranks of a host share (`SharedMemory`), and between one rank of
-    each host by Gloo. That is set up in the group's first `all_reduce` of a CPU tensor. `SYNCBN_SHARED_MEMORY=0` in the
-    environment turns it off. Other backends have shared memory of their own.
+    Where the group's backend is Gloo, tensors are added in memory that the ranks of a host share (`SharedMemory`), and
+    between one rank of each host by messages of our own through Gloo. Neither can meet the group's collectives, such as
+    DDP's, in another order on another rank. That is set up in the first `all_reduce`; `SYNCBN_SHARED_MEMORY=0` in the
+    environment leaves the messages alone.
 
-    The group's own timeout bounds every wait: set one in `syncbn.init` or `init_process_group`.
+    Other backends (NCCL) add in the group itself, so in one order with whatever else uses it. `syncbn.init` and
+    `syncbn.world` therefore make a group of their own for them, `own_group=True`, and so does `process_group=None` of a
+    layer. To save that, give layers `process_group=syncbn.comm.TorchDistributed()`. It has not been run on a GPU.
+
+    The group's own timeout bounds every wait: set one in `syncbn.init` or `init_process_group`. The group is held
+    weakly: it is gone, and this closed, once torch has destroyed it.
 
     Args:
         group: the process group; None is the default group.
-        timeout: of the groups that `split` makes, and of shared memory; None is torch's default, and the group's.
+        timeout: of the groups that are made here, and of shared memory; None is torch's default, and the group's.
+        own_group: of the default group, with a backend other than Gloo: make another by `new_group` (collective over
+            the world) in the first `all_reduce`. It costs that set-up, and NCCL's buffers on the device once more.
 
     Raises:
-        GroupError: torch.distributed is not initialised, or this rank is not in the group.
+        GroupError: torch.distributed is not initialised, the group was destroyed, or this rank is not in it.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, *, timeout: timedelta | None = None, own_group: bool = False
+    ) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise GroupError(
                 "torch.distributed is not initialised: call syncbn.init() or torch.distributed.init_process_group()"
             )
         chosen: Any = dist.group.WORLD if group is None else group
-        self.group = chosen
-        self.rank = dist.get_rank(self.group)
-        if self.rank < 0:
+        if chosen is not dist.GroupMember.NON_GROUP_MEMBER and not is_alive(chosen):
+            raise GroupError(f"{DESTROYED}: give a group that exists, or None for the world")
+        rank = dist.get_rank(chosen)
+        if rank < 0:
             raise GroupError(
                 f"rank {dist.get_rank()} of the world is not in the process group: give this rank a group that holds "
                 "it, as torch.distributed.new_group returns on the group's members only"
             )
-        self.size = dist.get_world_size(self.group)
+        super().__init__(rank, dist.get_world_size(chosen))
+        self._group = weakref.ref(chosen, _closes(self))
         self._timeout = timeout
-        self._devices = {device.type for device in chosen._device_types}
-        self._plain = _Plain(chosen)
-        self._cpu: Communicator | None = None  # how CPU tensors are added, known after the first
-        _made.add(self)
+        self._backends = _backends(chosen)
+        self._own = own_group
+        self._native: weakref.ref[Any] | None = None if own_group else self._group
+        self._over_gloo: BaseCommunicator | None = None  # how it is done there, known after the first
+        self.owns_group = False  # and so destroys it in `close`
+        self.backends = frozenset(self._backends.values())
+        self.transport = "+".join(sorted(self.backends))
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum of `x` over the group."""
-        if self._cpu is not None and x.is_cpu and not torch.compiler.is_compiling():
-            return self._cpu.all_reduce(x)  # which checks x
-        if self.size == 1:
-            return x
-        check_payload(x)
-        if not self.takes(x.device):
-            raise GroupError(
-                f"the process group's backend ({dist.get_backend(self.group)}) has no collectives for {x.device.type} "
-                f"tensors, only for {sorted(self._devices)}: initialise with 'cpu:gloo,cuda:nccl', or move the model"
-            )
-        if torch.compiler.is_compiling():  # torch.compile traces the plain collective, not what is around it here
-            dist.all_reduce(x, group=self.group)
-            return x
-        return (self._over_cpu() if x.device.type == "cpu" else self._plain).all_reduce(x)
+    @property
+    def group(self) -> Any:
+        """The process group. Raises GroupError once it is destroyed."""
+        return _held(self._group)
 
     def takes(self, device: torch.device) -> bool:
         """Tell whether the backend has collectives for tensors on `device`."""
-        return device.type in self._devices
+        return device.type in self._backends
 
-    def _over_cpu(self) -> Communicator:
-        if self._cpu is None:
-            self._cpu = self._by_hosts() if self._plain.is_gloo("cpu") else self._plain
-        return self._cpu
+    def exists(self) -> bool:
+        """Tell whether torch still knows the group, whoever holds the object."""
+        return is_alive(self._group())
 
-    def _by_hosts(self) -> Communicator:
-        options = getattr(self.group._get_backend(torch.device("cpu")), "options", None)  # there is no public way
-        timeout = self._timeout or getattr(options, "_timeout", None) or timedelta(minutes=10)
-        return by_hosts(self._plain, lambda ranks: _Pairs(self._plain, ranks, timeout), timeout)
+    def _check(self, x: Tensor) -> None:
+        if not is_alive(self._group()):
+            self.end(DESTROYED)
+        elif x.device.type not in self._backends:
+            raise GroupError(
+                f"the process group's backend ({self.transport}) has no collectives for {x.device.type} tensors, only "
+                f"for {sorted(self._backends)}: initialise with 'cpu:gloo,cuda:nccl', or move the model"
+            )
+
+    def _sum(self, x: Tensor) -> Tensor:
+        if self._backends[x.device.type] == "gloo":
+            over = self._over_gloo or self._set_up()
+            return over._sum(x) if x.is_cpu else over._sum(x.cpu()).to(x.device)
+        dist.all_reduce(x, group=self._native_group(x.device.type))
+        return x
+
+    def _set_up(self) -> BaseCommunicator:
+        timeout = self._timeout or _timeout_of(self.group) or timedelta(minutes=10)
+        plain = Pairs(self._group, list(range(self.size)), timeout)
+        self._over_gloo = by_hosts(plain, lambda ranks: Pairs(self._group, ranks, timeout), timeout)
+        self.transport = "+".join([self._over_gloo.transport, *sorted(self.backends - {"gloo"})])
+        log.debug("%r", self)
+        return self._over_gloo
+
+    def _native_group(self, device: str) -> Any:
+        if self._native is None:
+            made: Any = dist.new_group(backend=self._backends[device], timeout=self._timeout)
+            self._native = weakref.ref(made)  # torch holds it
+            log.debug("%r, in a process group of its own", self)
+        return _held(self._native)
+
+    def _give_up(self) -> None:
+        if self._over_gloo is not None:
+            self._over_gloo._give_up()
+
+    def _release(self) -> None:
+        if self._over_gloo is not None:
+            self._over_gloo.close()
+            self._over_gloo = None
+        own = [self._native] if self._own else []
+        for group in (*own, *([self._group] if self.owns_group else [])):
+            if group is not None and is_alive(group()):
+                dist.destroy_process_group(group())
 
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return the communicator of the part that holds this rank; every rank makes every group, in one order."""
         to_world = dist.get_process_group_ranks(self.group)
         groups = [dist.new_group([to_world[r] for r in part], timeout=self._timeout) for part in partition]
         mine = list(partition).index(part_of(self.rank, partition))
-        return TorchDistributed(groups[mine], timeout=self._timeout)
+        part = TorchDistributed(groups[mine], timeout=self._timeout)
+        part.owns_group = True
+        return part
 
 
-def release() -> None:
-    """Let go of all process groups, at the end of the process: Gloo joins its threads when the last reference goes.
-
-    A thread of its that waits for the interpreter, to free the tensors of the last collective, while that ends already
-    would abort the process. The pause serves those whose group the user still holds (DDP does).
-    """
-    for comm in list(_made):
-        comm.group = comm._plain.group = comm._cpu = None
-    dist.destroy_process_group()
-    time.sleep(0.02)
+DESTROYED = "its torch.distributed process group was destroyed"
 
 
-class _Plain(SharedHandle):
-    """The group's own collectives, for CPU tensors and others."""
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        check_payload(x)
-        gathers = self.size <= _GATHER_AT_MOST and self.is_gloo(x.device.type)
-        try:
-            return self._gather_and_add(x) if gathers else self._reduce(x)
-        except RuntimeError as error:
-            raise CollectiveError(
-                f"all_reduce of {x.numel()} numbers failed on rank {self.rank} of {self.size} "
-                f"({dist.get_backend(self.group)}): a peer died, ended, or did not call within the timeout: {error}"
-            ) from error
-
-    def is_gloo(self, device: str) -> bool:
-        """Tell whether Gloo moves tensors on `device`: a group may have a backend for each."""
-        return f"{device}:gloo" in dist.get_backend_config(self.group)
-
-    def _reduce(self, x: Tensor) -> Tensor:
-        dist.all_reduce(x, group=self.group)
-        return x
-
-    def _gather_and_add(self, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x, group=self.group)
-        total = parts[0]
-        for part in parts[1:]:  # in rank order: the same bits everywhere
-            total += part
-        return total
+def is_alive(group: Any) -> bool:
+    """Tell whether torch still knows `group`. There is no public way."""
+    return group is not None and group in dist.distributed_c10d._world.pg_map
 
 
-class _Pairs(SharedHandle):
+def _held(group: weakref.ref[Any]) -> Any:
+    held = group()
+    if not is_alive(held):
+        raise GroupError(DESTROYED)
+    return held
+
+
+def _closes(comm: TorchDistributed) -> Callable[[Any], None]:
+    """Return what closes `comm` when its group is gone, and does not keep it."""
+    of = weakref.ref(comm)
+
+    def close(_: Any) -> None:
+        held = of()
+        if held is not None:
+            held.end(DESTROYED)
+
+    return close
+
+
+def _backends(group: Any) -> dict[str, str]:
+    """Return the backend for each type of device, {"cpu": "gloo", "cuda": "nccl"}."""
+    pairs = (pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    configured: dict[str, str] = dict(pairs)
+    return {device.type: configured.get(device.type, "") for device in group._device_types}
+
+
+def _timeout_of(group: Any) -> timedelta | None:
+    options = getattr(group._get_backend(torch.device("cpu")), "options", None)  # there is no public way
+    return getattr(options, "_timeout", None)
+
+
+class Pairs(BaseCommunicator):
     """Some ranks of a Gloo group, by recursive doubling: in step k, ranks that differ in bit k exchange their sums.
 
     log2(ranks) round trips, and no group of their own: only they could make it, and `new_group` for its members only
     (use_local_synchronization, torch 2.13) hangs where they have been in different numbers of groups before.
     """
 
-    def __init__(self, whole: _Plain, ranks: Sequence[int], timeout: timedelta) -> None:
-        self.rank = list(ranks).index(whole.rank)
-        self.size = len(ranks)
-        self._whole = whole
+    transport = "gloo"
+
+    def __init__(self, group: weakref.ref[Any], ranks: Sequence[int], timeout: timedelta) -> None:
+        super().__init__(list(ranks).index(dist.get_rank(group())), len(ranks))
+        self._group = group
         self._ranks = ranks
         self._timeout = timeout
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def _sum(self, x: Tensor) -> Tensor:
         full = 1 << self.size.bit_length() - 1  # the largest power of two; the ranks beyond it go through a partner
         if self.rank >= full:
             self._exchange(x, self.rank - full, receive=False)
@@ -181,16 +209,12 @@ class _Pairs(SharedHandle):
 
     def _exchange(self, x: Tensor, peer: int, *, send: bool = True, receive: bool = True) -> Tensor:
         """Send `x` to `peer`, return what it sends, or one of the two."""
-        group, rank, other = self._whole.group, self._ranks[peer], torch.empty_like(x)
-        in_world = dist.get_global_rank(group, rank)
+        group, rank, other = _held(self._group), self._ranks[peer], torch.empty_like(x)
         try:
-            sending = dist.isend(x, in_world, group, _TAG) if send else None
-            receiving = dist.irecv(other, in_world, group, _TAG) if receive else None
+            sending = group.send([x], rank, _TAG) if send else None
+            receiving = group.recv([other], rank, _TAG) if receive else None
             for work in filter(None, (receiving, sending)):
                 work.wait(self._timeout)
         except RuntimeError as error:
-            raise CollectiveError(
-                f"all_reduce of {x.numel()} numbers failed on rank {self._whole.rank} of {self._whole.size} (gloo): "
-                f"rank {rank} died, ended, or did not call within the timeout: {error}"
-            ) from error
+            raise RuntimeError(f"rank {rank}: {error}") from error
         return other

@@ -1,8 +1,17 @@
-"""From what the user calls a group to a communicator: None, "world", "node", int, a native handle, a Communicator."""
+"""The registry: from what the user calls a group to a key, and from a key to the one communicator of that group.
+
+    spec   None | "world" | "node" | int | native handle | Communicator
+    key    a string that names the group in this process: "world", "node", "4", "ProcessGroup 3"
+
+A key costs nothing and says nothing of other ranks; the communicator is made when it is first asked for, once a group.
+Handles are held weakly: a group that its owner destroys is gone, and what was made for it is released.
+"""
 
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,119 +19,85 @@ import torch.distributed as dist
 
 from syncbn.errors import GroupError
 
+from . import _mpi
 from ._distributed import TorchDistributed
 from ._horovod import Horovod
 from ._hosts import hosts
-from ._mpi import attached
-from ._protocol import Communicator, LostGroup, SharedHandle, Splittable
+from ._protocol import BaseCommunicator, Communicator, LostGroup, Splittable, by_key, log
 from ._single import SingleProcess
 
 ProcessGroup = Any
-"""None | "world" | "node" | int | torch ProcessGroup | mpi4py Comm | horovod ProcessSet | Communicator."""
+"""None | "world" | "node" | int | torch ProcessGroup | 1-D DeviceMesh | mpi4py Comm | horovod ProcessSet |
+Communicator."""
 
 _EXPECTED = (
-    "expected None, 'world', 'node', a number of replicas per group, a torch ProcessGroup, an mpi4py Comm, "
-    "a horovod ProcessSet or a syncbn Communicator"
+    "expected None, 'world', 'node', a number of replicas per group, a torch ProcessGroup or 1-D DeviceMesh, an mpi4py "
+    "Comm, a horovod ProcessSet or a syncbn Communicator"
 )
 
-_single = SingleProcess()
-_world: Communicator | None = None  # what syncbn.init made
-_default_group: TorchDistributed | None = None  # of a process group that the user initialised
-_parts: dict[tuple[Communicator, str | int], Communicator] = {}  # by world and "node" or int
-_names = itertools.count()
+
+# ---- the world and its parts
+
+_alone = SingleProcess()
+_world: BaseCommunicator = _alone
+_parts: dict[str, Communicator] = {}  # of this world, by key
 
 
-def world() -> Communicator:
+def world() -> BaseCommunicator:
     """Return the communicator of all replicas: what `syncbn.init` made, else torch.distributed's, else a single one.
+
+    It changes when that world ends (`close()`, `destroy_process_group`) or is made anew. What belonged to the old one
+    is closed then; layers go on with the new one.
 
     Example:
         >>> world().size
         1
     """
-    global _default_group
-    if _world is not None:
-        return _world
-    if not (dist.is_available() and dist.is_initialized()):
-        return _single
-    if _default_group is None or _default_group.group is not dist.group.WORLD:  # destroyed and made again
-        _default_group = TorchDistributed()
-    return _default_group
+    if _world.state == "closed" or not _world.exists() or (_world is _alone and _torch_is_there()):
+        return set_world(_successor(_world))
+    return _world
 
 
-def set_world(comm: Communicator | None) -> None:
-    """Make `comm` what `world` returns; None undoes it."""
+def _successor(old: BaseCommunicator) -> BaseCommunicator:
+    if isinstance(old, Horovod) and old.restarted():
+        return Horovod()
+    return TorchDistributed(own_group=True) if _torch_is_there() else _alone
+
+
+def _torch_is_there() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def set_world(comm: BaseCommunicator) -> BaseCommunicator:
+    """Make `comm` what `world` returns; close the world before it and all that hangs on it."""
     global _world
-    _world = comm
+    for part in _parts.values():
+        _end(part)
     _parts.clear()
+    _world.end("its world was closed, destroyed or replaced")
+    for native in list(_natives.values()):
+        native.sweep()
+    _world = comm
+    log.debug("the world is %r", comm)
+    return comm
 
 
-def check_spec(spec: ProcessGroup) -> None:
-    """Refuse what can never name a group, without communicating. Raises GroupError."""
-    if isinstance(spec, (bool, type)) or not _is_known(spec):
-        raise GroupError(f"unknown process group {spec!r} of type {type(spec).__name__}: {_EXPECTED}")
-    if isinstance(spec, str) and spec not in ("world", "node"):
-        raise GroupError(f"unknown process group {spec!r}: {_EXPECTED}")
-    if isinstance(spec, int) and spec < 1 and spec != dist.GroupMember.NON_GROUP_MEMBER:
-        raise GroupError(f"expected at least 1 replica per group, got {spec}")
+def _end(comm: Communicator) -> None:
+    if isinstance(comm, BaseCommunicator):
+        comm.end("its world was closed, destroyed or replaced")
 
 
-def _is_known(spec: ProcessGroup) -> bool:
-    return (
-        spec is None
-        or _package(spec) in ("mpi4py", "horovod")  # before Communicator: asking COMM_NULL for its rank is an error
-        or isinstance(spec, (str, int, LostGroup, dist.ProcessGroup, Communicator))
-    )
-
-
-def _package(spec: ProcessGroup) -> str:
-    return type(spec).__module__.partition(".")[0]
-
-
-def resolve(spec: ProcessGroup) -> Communicator:
-    """Return the communicator of the group `spec`.
-
-    `"node"` and int are parts of `world()`: the ranks of one host, or consecutive ranks, `spec` at a time, the last
-    part taking what is left (9 ranks in groups of 4: 4, 4, 1). The first call with one of them in a world is collective
-    over the whole world: every rank makes all parts in one order. The result is kept.
-
-    Raises:
-        GroupError: `spec` is unknown, was lost by pickling, or does not hold this rank.
-        BackendError: the package behind the handle is missing.
-    """
-    if isinstance(spec, SharedHandle):  # one of our own communicators; a plain check, which torch.compile can trace
-        return spec  # type: ignore[return-value]
-    check_spec(spec)
-    if spec is None or spec == "world":
-        return world()
-    if isinstance(spec, LostGroup):
-        raise GroupError(
-            f"the layer's process group (a {spec.description}) was not saved with it, since a handle means nothing in "
-            "another process: set layer.process_group, to None for the world"
-        )
-    if spec is dist.GroupMember.NON_GROUP_MEMBER:
-        raise GroupError("this rank is not in the process group (GroupMember.NON_GROUP_MEMBER): give it one of its own")
-    if isinstance(spec, (str, int)):
-        return _part(spec)
-    if isinstance(spec, dist.ProcessGroup):
-        return TorchDistributed(spec)
-    if _package(spec) == "mpi4py":
-        return attached(spec)
-    if _package(spec) == "horovod":
-        return Horovod(spec)
-    return spec  # type: ignore[no-any-return]
-
-
-def _part(spec: str | int) -> Communicator:
+def _part(key: str) -> Communicator:
     whole = world()
-    key = (whole, spec)
-    if key not in _parts:
+    part = _parts.get(key)
+    if part is None or getattr(part, "state", "open") == "closed":
         if not isinstance(whole, Splittable):
             raise GroupError(
                 f"{type(whole).__name__} cannot be divided into groups: give it a split method, or pass a "
                 "communicator of the group itself"
             )
-        _parts[key] = whole.split(_nodes(whole) if spec == "node" else consecutive(whole.size, int(spec)))
-    return _parts[key]
+        part = _parts[key] = whole.split(_nodes(whole) if key == "node" else consecutive(whole.size, int(key)))
+    return part
 
 
 def _nodes(comm: Communicator) -> list[list[int]]:
@@ -141,39 +116,215 @@ def consecutive(size: int, per_group: int) -> list[list[int]]:
     return [ranks[start : start + per_group] for start in range(0, size, per_group)]
 
 
+# ---- native handles and communicators of the user's own
+
+
+class _Native:
+    """What a user handed us: held weakly where Python can, with the communicator that was made for it."""
+
+    def __init__(self, key: str, handle: Callable[[], Any]) -> None:
+        self.key = key
+        self.handle = handle
+        self._comm: Communicator | None = None
+        _natives[key] = self
+
+    def communicator(self) -> Communicator:
+        comm = self._comm
+        if comm is None or getattr(comm, "state", "open") == "closed":
+            handle = self.handle()
+            if handle is None:
+                raise _no_group(self.key)
+            comm = _communicator_of(handle)
+            self._comm = comm if comm is not handle else None  # or it would live by being remembered
+        return comm
+
+    def sweep(self) -> None:
+        """Close where the group is gone, although somebody holds the handle."""
+        if isinstance(self._comm, BaseCommunicator) and not self._comm.exists():
+            self._comm.end("its group was destroyed")
+
+
+_natives: dict[str, _Native] = {}  # by key
+_keys: dict[int, str] = {}  # by id of the handle
+_numbers = itertools.count()
+
+
+def _forget(key: str, identity: int | None = None) -> None:
+    """The handle is gone."""
+    if identity is not None:
+        _keys.pop(identity, None)
+    native = _natives.pop(key, None)
+    if native is not None and isinstance(native._comm, BaseCommunicator):
+        native._comm.end("its group was destroyed")
+
+
+_mpi.on_free.append(_forget)
+
+
+def _reference(handle: Any, gone: Callable[[Any], None] | None = None) -> Callable[[], Any]:
+    try:
+        return weakref.ref(handle, gone)
+    except TypeError:  # has no room for weak references
+        return lambda: handle
+
+
+def _communicator_of(handle: Any) -> Communicator:
+    if isinstance(handle, dist.ProcessGroup):
+        return TorchDistributed(handle)
+    if _package(handle) == "mpi4py":
+        return _mpi.MPI(handle)
+    if _package(handle) == "horovod":
+        return Horovod(handle)
+    return handle  # type: ignore[no-any-return]
+
+
+def _key_of_handle(handle: Any) -> str:
+    identity = id(handle)
+    if identity not in _keys:
+        key = _keys[identity] = f"{type(handle).__name__} {next(_numbers)}"
+        _Native(key, _reference(handle, lambda _: _forget(key, identity)))
+    return _keys[identity]
+
+
+def _key_of_mpi(comm: Any) -> str:
+    key = _mpi.label(comm, lambda: f"MPI.{type(comm).__name__} {next(_numbers)}")
+    if key not in _natives:
+        _Native(key, lambda: comm)  # the Python object is only a name for the handle
+    return key
+
+
+# ---- specifications
+
+
+def check_spec(spec: ProcessGroup) -> None:
+    """Refuse what can never name a group, without communicating. Raises GroupError."""
+    if isinstance(spec, (bool, type)) or not _is_known(spec):
+        raise GroupError(f"unknown process group {spec!r} of type {type(spec).__name__}: {_EXPECTED}")
+    if isinstance(spec, str) and spec not in ("world", "node"):
+        raise GroupError(f"unknown process group {spec!r}: {_EXPECTED}")
+    if isinstance(spec, int) and spec < 1 and spec != dist.GroupMember.NON_GROUP_MEMBER:
+        raise GroupError(f"expected at least 1 replica per group, got {spec}")
+    if _is_mesh(spec) and spec.ndim != 1:
+        raise GroupError(
+            f"expected a 1-D DeviceMesh, got {spec.ndim} dimensions {spec.mesh_dim_names}: slice one, mesh['name']"
+        )
+
+
+def _is_known(spec: ProcessGroup) -> bool:
+    return (
+        spec is None
+        or _package(spec) in ("mpi4py", "horovod")  # before Communicator: asking COMM_NULL for its rank is an error
+        or isinstance(spec, (str, int, LostGroup, dist.ProcessGroup, Communicator))
+        or _is_mesh(spec)
+    )
+
+
+def _is_mesh(spec: ProcessGroup) -> bool:
+    return type(spec).__name__ == "DeviceMesh" and _package(spec) == "torch"
+
+
+def _package(spec: ProcessGroup) -> str:
+    return type(spec).__module__.partition(".")[0]
+
+
+def key_of(spec: ProcessGroup) -> str:
+    """Return the string that names the group `spec` in this process. Never communicates.
+
+    Raises:
+        GroupError: `spec` can name no group.
+    """
+    if spec is None or spec == "world":
+        return "world"
+    if isinstance(spec, BaseCommunicator):
+        return spec.key
+    check_spec(spec)
+    if isinstance(spec, LostGroup):
+        return f"{_LOST}{spec.description}"
+    if spec is dist.GroupMember.NON_GROUP_MEMBER:
+        return _OUTSIDE
+    if isinstance(spec, (str, int)):
+        return str(spec)
+    if _is_mesh(spec):
+        return _OUTSIDE if spec.get_coordinate() is None else key_of(spec.get_group())
+    if _package(spec) == "mpi4py":
+        return _key_of_mpi(spec)
+    if isinstance(spec, dist.ProcessGroup) and dist.is_initialized() and spec is dist.group.WORLD:
+        return "world"
+    return _key_of_handle(spec)
+
+
+_LOST, _OUTSIDE = "lost ", "outside"
+
+
+def communicator(key: str) -> Communicator:
+    """Return the communicator of the group that `key_of` named.
+
+    It is made at the first call, which is collective over the group ("node", int: over the whole world, whose ranks
+    make all parts in one order), and kept. `"node"` and int are the ranks of one host, or consecutive ranks, so many at
+    a time, the last part taking what is left (9 ranks in groups of 4: 4, 4, 1).
+
+    Raises:
+        GroupError: there is no such group in this process (any more), or it does not hold this rank.
+        BackendError: the package behind the handle is missing.
+    """
+    if key == "world":
+        return world()
+    native = _natives.get(key)
+    if native is not None:
+        return native.communicator()
+    if key == "node" or key.isdecimal():
+        return _part(key)
+    comm = by_key.get(key)
+    if comm is None:
+        raise _no_group(key)
+    return comm
+
+
+def _no_group(key: str) -> GroupError:
+    if key == _OUTSIDE:
+        return GroupError("this rank is not in the process group: give it one of its own")
+    if key.startswith(_LOST):
+        return GroupError(
+            f"the layer's process group (a {key.removeprefix(_LOST)}) was not saved with it, since a handle means "
+            "nothing in another process: set layer.process_group, to None for the world"
+        )
+    return GroupError(f"the process group {key!r} does not exist any more: give one that does, or None for the world")
+
+
+def resolve(spec: ProcessGroup) -> Communicator:
+    """Return the communicator of the group `spec`: `communicator(key_of(spec))`."""
+    return spec if isinstance(spec, BaseCommunicator) else communicator(key_of(spec))
+
+
 class Group:
-    """A layer's process group: the specification, and the communicator that it turns out to be when first needed.
+    """A layer's process group: the specification as given, and its key.
 
     Deep copies share it. A pickle keeps what means the same elsewhere (None, "world", "node", int) and otherwise a
     `LostGroup`, which is an error when it is used, never silently another group.
     """
 
     def __init__(self, spec: ProcessGroup = None) -> None:
-        check_spec(spec)
-        self.spec = spec
-        self._name = ""
-        self._resolved: tuple[Communicator, Communicator] | None = None  # (the world then, the group's communicator)
+        self.key = key_of(spec)
+        # torch's groups are torch's to keep: its threads and sockets go with the last reference.
+        self._spec = _reference(spec) if isinstance(spec, dist.ProcessGroup) else lambda: spec
+        self._kind = type(spec).__name__
+
+    @property
+    def spec(self) -> ProcessGroup:
+        """The specification; a `LostGroup` where it was a process group that is gone."""
+        spec = self._spec()
+        if spec is None and self._kind != "NoneType":
+            return "world" if self.key == "world" else LostGroup(f"{self._kind} that was destroyed")
+        return spec
 
     def communicator(self) -> Communicator:
-        """Return the communicator, made at the first call; again when the world was made anew."""
-        whole = world()
-        if self._resolved is None or self._resolved[0] is not whole:
-            self._resolved = whole, self._named(resolve(self.spec))
-        return self._resolved[1]
-
-    def _named(self, comm: Communicator) -> Communicator:
-        """Give Horovod a name that is the layer's own: layers are first run in the same order on every rank."""
-        if not isinstance(comm, Horovod):
-            return comm
-        self._name = self._name or f"syncbn.layer{next(_names)}"
-        return comm.named(self._name)
+        """Return the communicator, made at the first call; of the world, the one that is now."""
+        return communicator(self.key)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self
 
     def __reduce__(self) -> tuple[type[Group], tuple[ProcessGroup]]:
-        spec = self.spec
-        if isinstance(spec, dist.ProcessGroup) and dist.is_initialized() and spec is dist.group.WORLD:
-            spec = "world"
+        spec = "world" if self.key == "world" and self._kind != "NoneType" else self.spec
         portable = spec is None or isinstance(spec, (str, int, LostGroup, SingleProcess))
         return Group, (spec if portable else LostGroup(type(spec).__name__),)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 from torch import Tensor
 
-from syncbn.errors import BackendError, CollectiveError, GroupError
+from syncbn.errors import BackendError, GroupError
 
-from ._protocol import Communicator, SharedHandle, check_payload, part_of, wait_until
+from ._protocol import BaseCommunicator, Communicator, part_of, wait_until
 
 
 def _hvd() -> Any:
@@ -24,16 +25,18 @@ def _hvd() -> Any:
     return hvd
 
 
-class Horovod(SharedHandle):
+class Horovod(BaseCommunicator):
     """A Horovod process set.
 
-    Horovod matches tensors by name, keeps what it negotiated under that name, and names the tensor when ranks stall.
-    So every collective has a stable name: `<name>.<number of elements>`. The layer makes `name` its own, and the
-    two directions differ in length (2C+1 forward, 2C backward).
+    Horovod matches tensors by name, keeps what it negotiated under that name, and names the tensor when ranks stall. A
+    collective is called `syncbn.<number of elements>`, whichever layer it is of: the same on every rank, whatever else
+    a rank did before.
+
+    Horovod ends as a whole: a failure on one process set breaks the communicators of all. Process sets that `split`
+    registers stay until Horovod is shut down, which `close` does if `init` started it.
 
     Args:
         process_set: a registered `horovod.torch.ProcessSet`; None is the global one.
-        name: prefix of the names, the same on every rank.
         timeout: Horovod's own (`init` sets them) come first and say more. A rank waits twice as long: Horovod 0.28.1
             may drop a tensor that is enqueued while its background thread ends, and would then wait for ever.
 
@@ -42,21 +45,23 @@ class Horovod(SharedHandle):
         GroupError: Horovod is not initialised, or this rank is not in the process set.
     """
 
-    def __init__(
-        self, process_set: Any = None, *, name: str = "syncbn", timeout: timedelta = timedelta(minutes=10)
-    ) -> None:
+    transport = "horovod"
+    backends = frozenset({"horovod"})
+
+    def __init__(self, process_set: Any = None, *, timeout: timedelta = timedelta(minutes=10)) -> None:
         hvd = _hvd()
         if not hvd.is_initialized():
             raise GroupError("Horovod is not initialised: call syncbn.init() or horovod.torch.init()")
-        self.process_set = hvd.global_process_set if process_set is None else process_set
-        if self.process_set.process_set_id is None:
-            raise GroupError(f"{self.process_set} is not registered: call horovod.torch.add_process_set on every rank")
-        if not self.process_set.included():
-            raise GroupError(f"rank {hvd.rank()} is not in {self.process_set}: give it a process set that holds it")
-        self.rank: int = self.process_set.rank()
-        self.size: int = self.process_set.size()
-        self.name = name
+        chosen = hvd.global_process_set if process_set is None else process_set
+        if chosen.process_set_id is None:
+            raise GroupError(f"{chosen} is not registered: call horovod.torch.add_process_set on every rank")
+        if not chosen.included():
+            raise GroupError(f"rank {hvd.rank()} is not in {chosen}: give it a process set that holds it")
+        super().__init__(chosen.rank(), chosen.size())
+        self.process_set = chosen
         self._timeout = timeout
+        self._started = False  # Horovod itself, and so ends it
+        _all.add(self)
 
     @classmethod
     def init(cls, timeout: timedelta) -> Horovod:
@@ -69,32 +74,45 @@ class Horovod(SharedHandle):
         os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(seconds))
         # A cut link. horovodrun always sets it, to 30 s: short, on a busy machine, for ranks to meet in hvd.init().
         os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(seconds)
+        started = not hvd.is_initialized()
         hvd.init()
-        return cls(timeout=timeout)
+        comm = cls(timeout=timeout)
+        comm._started = started
+        return comm
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum of `x` over the process set."""
-        check_payload(x)
-        if self.size == 1:
-            return x
+    def exists(self) -> bool:
+        """Tell whether Horovod runs, with this rank and size, and knows the process set."""
         hvd = _hvd()
-        name = f"{self.name}.{x.numel()}"
-        try:
-            # Horovod averages unless told otherwise.
-            handle = hvd.allreduce_async(x, op=hvd.Sum, name=name, process_set=self.process_set)
-            if not wait_until(lambda: hvd.poll(handle), 2 * self._timeout.total_seconds()):
-                raise RuntimeError(f"no answer from Horovod within {2 * self._timeout.total_seconds():g} s")
-            total: Tensor = hvd.synchronize(handle)
-        except RuntimeError as error:  # HorovodInternalError is one
-            raise CollectiveError(
-                f"all_reduce {name!r} failed on rank {self.rank} of {self.size} (Horovod): a peer died, ended, or did "
-                f"not call: {error}"
-            ) from error
+        if not hvd.is_initialized() or self.process_set.process_set_id is None:
+            return False
+        return bool((self.process_set.rank(), self.process_set.size()) == (self.rank, self.size))
+
+    def restarted(self) -> bool:
+        """Tell whether Horovod runs, for the world that comes after this one."""
+        return bool(_hvd().is_initialized())
+
+    def _check(self, x: Tensor) -> None:
+        if not self.exists():
+            self.end("Horovod was shut down, or the process set removed")
+
+    def _sum(self, x: Tensor) -> Tensor:
+        hvd, seconds = _hvd(), 2 * self._timeout.total_seconds()
+        # Horovod averages unless told otherwise. It keeps both tensors until it is done with them.
+        handle = hvd.allreduce_async(x, op=hvd.Sum, name=f"syncbn.{x.numel()}", process_set=self.process_set)
+        if not wait_until(lambda: hvd.poll(handle), seconds):
+            raise RuntimeError(f"no answer from Horovod within {seconds:g} s")
+        total: Tensor = hvd.synchronize(handle)  # HorovodInternalError is a RuntimeError
         return total
 
-    def named(self, name: str) -> Horovod:
-        """Return a communicator of the same process set whose collectives are called `name`."""
-        return Horovod(self.process_set, name=name, timeout=self._timeout)
+    def fail(self, reason: str) -> None:
+        """Break, and with this every communicator over Horovod."""
+        for comm in list(_all):
+            if comm.state == "open":
+                comm.state, comm._reason = "broken", reason
+
+    def _release(self) -> None:
+        if self._started and _hvd().is_initialized():
+            _hvd().shutdown()
 
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return the communicator of the part that holds this rank; every rank registers every process set."""
@@ -102,9 +120,10 @@ class Horovod(SharedHandle):
         to_world = self.process_set.ranks if self.process_set.ranks is not None else list(range(hvd.size()))
         sets = [_registered([to_world[r] for r in part]) for part in partition]
         mine = list(partition).index(part_of(self.rank, partition))
-        return Horovod(sets[mine], name=self.name, timeout=self._timeout)
+        return Horovod(sets[mine], timeout=self._timeout)
 
 
+_all: weakref.WeakSet[Horovod] = weakref.WeakSet()
 _process_sets: dict[tuple[int, ...], Any] = {}  # Horovod refuses to register the same ranks twice
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
 import zlib
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from syncbn.errors import BackendError
 
-from ._protocol import Communicator, SharedHandle
+from ._protocol import BaseCommunicator, Communicator, log
 from ._shared_memory import AVAILABLE, SharedMemory
 
 
@@ -34,35 +33,38 @@ def hosts(comm: Communicator, *, device: str = "cpu", apart: bool = False) -> li
     return list(by_host.values())
 
 
-class TwoLevel(SharedHandle):
+class TwoLevel(BaseCommunicator):
     """Sum within each host, then between the hosts' first ranks, and hand the result back within each host."""
 
-    def __init__(self, over: Communicator, within: SharedMemory, between: Communicator | None) -> None:
-        self.rank = over.rank
-        self.size = over.size
+    def __init__(self, over: Communicator, within: SharedMemory, between: BaseCommunicator | None) -> None:
+        super().__init__(over.rank, over.size)
         self._within = within
         self._between = between  # None on all but the first rank of each host
+        self.transport = f"shared memory within hosts, {getattr(over, 'transport', 'another')} between"
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum of `x` over all ranks of all hosts."""
-        x = self._within.all_reduce(x)
+    def _sum(self, x: Tensor) -> Tensor:
+        x = self._within._sum(x)
         if self._between is None:
             x.zero_()
         else:
-            try:
-                x = self._between.all_reduce(x)
-            except BaseException:
-                self._within.give_up()
-                raise
+            x = self._between._sum(x)
         # A sum with zeros: every rank gets the first rank's bits.
         return self._within.sum(x, 2 * self._within.seconds)  # the first rank waits between the hosts, and knows more
 
+    def _give_up(self) -> None:
+        self._within._give_up()
 
-def by_hosts(plain: Communicator, between: Callable[[list[int]], Communicator], timeout: timedelta) -> Communicator:
+    def _release(self) -> None:
+        self._within.close()
+
+
+def by_hosts(
+    plain: BaseCommunicator, between: Callable[[list[int]], BaseCommunicator], timeout: timedelta
+) -> BaseCommunicator:
     """Return the fastest way to add CPU tensors over the ranks of `plain`, which is `plain` where no two share a host.
 
     Collective over `plain`. `SYNCBN_SHARED_MEMORY=0`, or a missing compiled module, sets a rank apart: the ranks need
-    not agree on either. Where memory cannot be had, rank 0 warns and all ranks use `plain`.
+    not agree on either. Where memory cannot be had, rank 0 logs a warning and all ranks use `plain`.
 
     Args:
         plain: the backend's own communicator.
@@ -75,8 +77,8 @@ def by_hosts(plain: Communicator, between: Callable[[list[int]], Communicator], 
     try:
         within = SharedMemory(plain, parts, timeout=timeout)
     except BackendError as error:  # raised on all ranks or none
-        if plain.rank == 0:
-            warnings.warn(f"{error}; all_reduce of CPU tensors goes through sockets, slower", RuntimeWarning, 2)
+        if plain.rank == 0:  # not by `warnings`, which `python -W error` turns into an exception, on this rank alone
+            log.warning("%s; all_reduce of CPU tensors goes through sockets, slower", error)
         return plain
     if len(parts) == 1:
         return within

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.errors import BackendError, CollectiveError, GroupError
+from syncbn.errors import BackendError, GroupError
 
-from ._protocol import Communicator, SharedHandle, check_payload, part_of, wait_until
+from ._protocol import BaseCommunicator, Communicator, part_of, wait_until
 
 
 def _mpi() -> Any:
@@ -24,12 +24,16 @@ def _mpi() -> Any:
     return MPI
 
 
-class MPI(SharedHandle):
+class MPI(BaseCommunicator):
     """An mpi4py communicator.
 
     Works on a duplicate of the user's communicator, so its messages cannot meet the user's. Making it is therefore
     collective over `comm`. From then on an exception that ends this process aborts the whole job (`MPI_Abort`),
     whichever way Python was started: without that the other ranks wait for ever.
+
+    A wait that is abandoned, at its deadline or by Ctrl-C, breaks the communicator; MPI may write to the tensor even
+    then, so its memory is kept. `close` frees the duplicate; so does `Free` of the user's communicator, where syncbn
+    looked it up as a `process_group`.
 
     float32 and float64 only: mpi4py sends other dtypes, bfloat16 for one, as raw bytes and adds those.
 
@@ -45,6 +49,9 @@ class MPI(SharedHandle):
         GroupError: `comm` is null (this rank is not in it) or an intercommunicator.
     """
 
+    transport = "mpi"
+    backends = frozenset({"mpi"})
+
     def __init__(
         self, comm: Any = None, *, timeout: timedelta = timedelta(minutes=10), cuda_aware: bool = False
     ) -> None:
@@ -59,20 +66,14 @@ class MPI(SharedHandle):
                 f"MPI was initialised with thread level {mpi.Query_thread()}, syncbn needs MPI_THREAD_SERIALIZED "
                 f"({mpi.THREAD_SERIALIZED}) or more: leave mpi4py.rc.thread_level at 'multiple'"
             )
+        super().__init__(comm.Get_rank(), comm.Get_size())
         self.comm = comm.Dup()
-        self.rank: int = comm.Get_rank()
-        self.size: int = comm.Get_size()
         self._timeout = timeout
         self._cuda_aware = cuda_aware
-        self._in_flight: tuple[Any, Tensor] | None = None
         if mpi.COMM_WORLD.Get_size() > 1:
             _abort_job_on_exception()
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum of `x` over the communicator."""
-        check_payload(x)
-        if self.size == 1:
-            return x
+    def _sum(self, x: Tensor) -> Tensor:
         if x.is_cuda and self._cuda_aware:
             torch.cuda.current_stream(x.device).synchronize()  # MPI knows nothing of streams
             return self._sum_in_place(x, x)
@@ -80,16 +81,17 @@ class MPI(SharedHandle):
         return self._sum_in_place(host, host.numpy()).to(x.device)
 
     def _sum_in_place(self, x: Tensor, buffer: Any) -> Tensor:
-        mpi = _mpi()
+        mpi, seconds = _mpi(), self._timeout.total_seconds()
+        _written_to[id(x)] = x
         request = self.comm.Iallreduce(mpi.IN_PLACE, buffer, op=mpi.SUM)
-        self._in_flight = (request, x)  # MPI writes to x until the request ends, also when we stop waiting
-        if not wait_until(request.Test, self._timeout.total_seconds()):
-            raise CollectiveError(
-                f"all_reduce of {x.numel()} numbers over {self.size} MPI ranks: rank {self.rank} waited "
-                f"{self._timeout.total_seconds():g} s for a peer that died, ended, or did not call"
-            )
-        self._in_flight = None
+        if not wait_until(request.Test, seconds):
+            raise RuntimeError(f"no answer within {seconds:g} s")
+        del _written_to[id(x)]
         return x
+
+    def _release(self) -> None:
+        if self.state == "open" and not _mpi().Is_finalized():  # else a collective may be pending in it
+            self.comm.Free()
 
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return the communicator of the part that holds this rank."""
@@ -101,29 +103,38 @@ class MPI(SharedHandle):
             part.Free()  # MPI() made a duplicate of its own
 
 
-def attached(comm: Any) -> MPI:
-    """Return the communicator made for the mpi4py `comm` before, or make it (collective over `comm`).
+_written_to: dict[int, Tensor] = {}  # MPI writes to these until a collective ends, also when nobody waits any more
 
-    It is kept as an MPI attribute of `comm`: handles are reused after `Free`, attributes end with their communicator.
+
+def label(comm: Any, make: Callable[[], str]) -> str:
+    """Return the label of the mpi4py `comm`: `make()` at the first call. Local.
+
+    It is kept as an MPI attribute: handles are reused after `Free`, attributes end with their communicator.
     """
     mpi = _mpi()
     if comm == mpi.COMM_NULL:
-        return MPI(comm)  # raises
-    found = comm.Get_attr(_keyval())
+        return "MPI.COMM_NULL"
+    found: str | None = comm.Get_attr(_keyval())
     if found is None:
-        found = MPI(comm)
+        found = make()
         comm.Set_attr(_keyval(), found)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
+on_free: list[Callable[[str], None]] = []  # called with the label of a communicator that its user frees
 _KEYVAL: int | None = None
 
 
 def _keyval() -> int:
     global _KEYVAL
     if _KEYVAL is None:
-        _KEYVAL = _mpi().Comm.Create_keyval()
+        _KEYVAL = _mpi().Comm.Create_keyval(delete_fn=_freed)
     return _KEYVAL
+
+
+def _freed(comm: Any, keyval: int, label: str) -> None:
+    for tell in on_free:
+        tell(label)
 
 
 def _abort_job_on_exception() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import time
+import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from syncbn.errors import DTypeError, GroupError
+from syncbn.errors import CollectiveError, DTypeError, GroupError, SyncBatchNormError
 
 
 @runtime_checkable
@@ -62,26 +66,143 @@ class LostGroup:
     description: str
 
 
-class SharedHandle:
-    """Base of objects that hold a native handle: deep copies share it, pickles drop it."""
+class BaseCommunicator(ABC):
+    """What our communicators have in common: the checks, the states, the errors. A backend supplies `_sum`.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedHandle:
-        return self
+    A communicator is *open*. It is *broken* for good by whatever leaves its ranks out of step: a failure or an
+    interruption of `all_reduce`, or a fork (in the child). It is *closed* by `close`, or with the group beneath it.
 
-    def __reduce__(self) -> tuple[type[LostGroup], tuple[str]]:
+    Attributes:
+        state: "open", "broken" or "closed".
+        key: names it in this process, see `_groups`.
+        transport: what carries the vectors.
+        backends: what `init` calls it.
+    """
+
+    transport = ""
+    backends: frozenset[str] = frozenset()
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.state = "open"
+        self.key = f"{type(self).__name__} {next(_numbers)}"
+        self._reason = ""  # why it is not open
+        by_key[self.key] = self
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Return the sum of `x` over the ranks, see `Communicator.all_reduce`."""
+        check_payload(x)
+        self._check(x)
+        if self.state != "open":
+            raise self._not_open()
+        if self.size == 1:
+            return x
+        try:
+            return self._sum(x)
+        except SyncBatchNormError as error:  # from within the first all_reduce, which sets the transport up
+            self.fail(str(error))
+            raise
+        except RuntimeError as error:
+            self.fail(f"all_reduce of {x.numel()} numbers failed {self._here()}: {LOST}: {error}")
+            raise CollectiveError(self._reason) from error
+        except BaseException as error:  # KeyboardInterrupt, for one
+            self.fail(f"all_reduce of {x.numel()} numbers was interrupted {self._here()}: {error!r}")
+            raise
+
+    @abstractmethod
+    def _sum(self, x: Tensor) -> Tensor:
+        """Return the sum over at least two ranks. RuntimeErrors become CollectiveErrors in `all_reduce`."""
+
+    def _check(self, x: Tensor) -> None:  # noqa: B027
+        """Refuse a tensor that this backend cannot sum, before anything is sent; close where the group is gone."""
+
+    def fail(self, reason: str) -> None:
+        """Break: the ranks are out of step. Peers that wait for this one are told, where that is possible."""
+        self.state, self._reason = "broken", reason
+        self._give_up()
+
+    def _give_up(self) -> None:  # noqa: B027
+        """Let peers that wait for this rank know that it will not come."""
+
+    def close(self) -> None:
+        """Release what this communicator made for itself. Every rank of it calls this; what the user made stays."""
+        self.end("close() was called")
+
+    def end(self, reason: str) -> None:
+        """Close, for `reason`; does nothing where that has happened."""
+        if self.state == "closed":
+            return
+        if self._reason != FORKED:  # what the parent holds is not the child's to release
+            self._release()
+        self.state, self._reason = "closed", reason
+
+    def _release(self) -> None:  # noqa: B027
+        """Release what this communicator owns; called once. `state` still tells whether it is broken."""
+
+    def exists(self) -> bool:
+        """Tell whether the native group beneath exists; cheap, local."""
+        return True
+
+    def _not_open(self) -> SyncBatchNormError:
+        if self.state == "closed":
+            return GroupError(f"{self!r}: {self._reason}; use syncbn.world(), or a group that exists")
+        return CollectiveError(
+            f"{self!r}, since its ranks are out of step: {self._reason}. Start the job again, or on every rank close() "
+            "this communicator and make another (of the world: syncbn.init())"
+        )
+
+    def _here(self) -> str:
+        return f"on rank {self.rank} of {self.size} ({self.transport})"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank {self.rank} of {self.size}, {self.transport}, {self.state})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BaseCommunicator:
+        return self  # a handle cannot be copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
         return LostGroup, (type(self).__name__,)
+
+
+LOST = "a peer died, ended, sent something else, or did not call in time"
+FORKED = "this process was forked from the one that made the communicator, and a child cannot act for its parent"
+log = logging.getLogger("syncbn")
+by_key: weakref.WeakValueDictionary[str, BaseCommunicator] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _after_fork() -> None:
+    for comm in list(by_key.values()):
+        if comm.size > 1 and comm.state != "closed":
+            comm.state, comm._reason = "broken", FORKED
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def check_payload(x: Tensor) -> None:
     """Refuse, before anything is sent, what the `Communicator` contract does not allow."""
-    if x.dtype not in (torch.float32, torch.float64):
+    if type(x) is not Tensor:  # the memory of a wrapper (DTensor, FakeTensor) is not where data_ptr() says
+        raise DTypeError(
+            f"all_reduce expected a plain torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}: pass the "
+            "tensor that it holds (of a DTensor: x.to_local(); of a parameter: x.detach())"
+        )
+    if x.dtype not in _DTYPES:
         raise DTypeError(f"all_reduce expected float32 or float64, got {x.dtype}: convert the tensor first")
     if x.requires_grad:
         raise DTypeError("all_reduce expected a tensor without grad: pass x.detach()")
+    if x.layout is not torch.strided:
+        raise DTypeError(f"all_reduce expected a dense tensor, got {x.layout}: pass x.to_dense()")
     if not x.is_contiguous():
         raise DTypeError(f"all_reduce expected a contiguous tensor, got strides {x.stride()}: pass x.contiguous()")
+    if x.is_neg():  # its memory holds -x
+        raise DTypeError("all_reduce expected plain memory, got a negative view: pass x.resolve_neg()")
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise DTypeError("all_reduce cannot be transformed by torch.func (grad, vmap, jvp): call it outside")
 
 
+_DTYPES = (torch.float32, torch.float64)
 _SPINS = 200  # looks before the core is offered to another rank each time
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from errno import EIO, ENOSYS
@@ -13,15 +15,15 @@ import torch
 from torch import Tensor
 
 from syncbn._compiled import native
-from syncbn.errors import BackendError, CollectiveError, GroupError
+from syncbn.errors import BackendError, GroupError
 
-from ._protocol import Communicator, SharedHandle, check_payload, part_of
+from ._protocol import BaseCommunicator, Communicator, part_of
 
 _Memory: Any = getattr(native, "SharedMemory", None)  # None also where the system is not Linux
 AVAILABLE = _Memory is not None
 
 
-class SharedMemory(SharedHandle):
+class SharedMemory(BaseCommunicator):
     """Processes of one host, which add CPU tensors through memory that they share.
 
     The memory has no name: two jobs cannot meet, and it is gone with its processes, however they end. A rank waits
@@ -44,6 +46,8 @@ class SharedMemory(SharedHandle):
         1
     """
 
+    transport = "shared memory"
+
     def __init__(
         self,
         over: Communicator,
@@ -52,35 +56,32 @@ class SharedMemory(SharedHandle):
         timeout: timedelta = timedelta(minutes=10),
     ) -> None:
         part = list(range(over.size) if partition is None else part_of(over.rank, partition))
-        self.rank = part.index(over.rank)
-        self.size = len(part)
-        self._name = f"rank {over.rank} of {over.size}"  # errors give the ranks' numbers in `over`
+        super().__init__(part.index(over.rank), len(part))
         self.seconds = timeout.total_seconds()
         self._memory = _share(over, part)
+        _open_ones.add(self)
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum of `x` over the processes."""
+    def _check(self, x: Tensor) -> None:
+        if not x.is_cpu:
+            raise GroupError(f"shared memory adds CPU tensors only, got one on {x.device}: use torch.distributed")
+
+    def _sum(self, x: Tensor) -> Tensor:
         return self.sum(x, self.seconds)
 
     def sum(self, x: Tensor, seconds: float) -> Tensor:
-        """As `all_reduce`, with a deadline of its own."""
-        check_payload(x)
-        if not x.is_cpu:
-            raise GroupError(f"shared memory adds CPU tensors only, got one on {x.device}: use torch.distributed")
-        if self._memory is None:
-            return x
-        try:
+        """As `_sum`, with a deadline of its own."""
+        if self._memory is not None:  # None: alone
             self._memory.all_reduce(x.data_ptr(), x.numel(), x.dtype == torch.float64, seconds)
-        except RuntimeError as error:
-            raise CollectiveError(
-                f"all_reduce of {x.numel()} numbers failed on {self._name} (shared memory): {error}"
-            ) from None
         return x
 
-    def give_up(self) -> None:
-        """Let the peers know that this rank will not come: they raise at once instead of at their deadline."""
+    def _give_up(self) -> None:
         if self._memory is not None:
             self._memory.give_up()
+
+    def _release(self) -> None:
+        if self._memory is not None:
+            self._memory.close()
+        self._memory = None  # at once: nanobind reports objects that outlive the interpreter
 
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return the communicator of the part that holds this rank."""
@@ -93,17 +94,17 @@ def _share(over: Communicator, part: list[int]) -> Any:
     Every rank makes the same two calls of `over`, whatever happens to it in between.
     """
     first = over.rank == part[0]
-    where = torch.zeros(over.size, 3, dtype=torch.float64)  # token, process and descriptor, by rank
+    where = torch.zeros(over.size, 3, dtype=torch.float64, device="cpu")  # token, process and descriptor, by rank
     memory, error = None, 0
     if first:
         token = secrets.randbits(53)  # exact in float64
         memory, error = _open(part, 0, token, 0, -1)
         if memory is not None:
-            where[over.rank] = torch.tensor([token, os.getpid(), memory.fd], dtype=torch.float64)
+            where[over.rank] = torch.tensor([token, os.getpid(), memory.fd], dtype=torch.float64, device="cpu")
     where = over.all_reduce(where)
     if not first:
         memory, error = _open(part, part.index(over.rank), *where[part[0]].long().tolist())
-    errors = torch.zeros(over.size, dtype=torch.float64)
+    errors = torch.zeros(over.size, dtype=torch.float64, device="cpu")
     errors[over.rank] = error
     failed = {rank: int(code) for rank, code in enumerate(over.all_reduce(errors).tolist()) if code}
     if failed:
@@ -124,3 +125,14 @@ def _open(part: list[int], slot: int, token: int, process: int, descriptor: int)
         return _Memory(part, slot, token, process, descriptor), 0
     except OSError as error:
         return None, error.errno or EIO
+
+
+_open_ones: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
+
+
+@atexit.register
+def _release_all() -> None:
+    """Let go before the interpreter ends: a loss that is alive then keeps its communicator alive."""
+    for comm in list(_open_ones):
+        comm.state, comm._reason = "closed", "the process ends"
+        comm._memory = None  # also in a forked child, whose peers are its parent's

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from ._protocol import Communicator, SharedHandle, check_payload
+from ._protocol import BaseCommunicator, Communicator
 
 
-class SingleProcess(SharedHandle):
+class SingleProcess(BaseCommunicator):
     """The communicator of a single replica: `all_reduce` is the identity.
 
     Example:
@@ -18,17 +19,20 @@ class SingleProcess(SharedHandle):
         tensor([1., 2.])
     """
 
-    rank = 0
-    size = 1
+    transport = "nothing to send"
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Return `x`."""
-        check_payload(x)
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def _sum(self, x: Tensor) -> Tensor:
         return x
+
+    def end(self, reason: str) -> None:
+        """Do nothing: there is nothing to end."""
 
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return itself: one rank has one part."""
         return self
 
-    def __reduce__(self) -> tuple[type[SingleProcess], tuple[()]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[Any, ...]:
         return SingleProcess, ()  # no handle, nothing to lose

@@ -10,9 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from syncbn.errors import CollectiveError
-
-from ._protocol import Communicator, SharedHandle, check_payload, part_of
+from ._protocol import BaseCommunicator, Communicator, part_of
 
 T = TypeVar("T")
 
@@ -32,9 +30,10 @@ class _Room:
         try:
             self.barrier.wait()
         except threading.BrokenBarrierError:
-            raise CollectiveError(
-                f"all_reduce over {len(self.slots)} threads: a peer raised, or did not call within {self.timeout:g} s"
-            ) from None
+            raise RuntimeError(f"a thread raised, or did not call within {self.timeout:g} s") from None
+        except BaseException:
+            self.barrier.abort()  # or the peers would wait for this one
+            raise
 
     def child(self, part: tuple[int, ...]) -> _Room:
         """Return the room of some of the threads, the same for all of them."""
@@ -53,17 +52,16 @@ class _Room:
                 child.abort()
 
 
-class ThreadReplica(SharedHandle):
+class ThreadReplica(BaseCommunicator):
     """The communicator that `run_threads` hands to each thread. Sums in rank order, so bit-equal everywhere."""
 
+    transport = "threads"
+
     def __init__(self, rank: int, room: _Room) -> None:
-        self.rank = rank
-        self.size = len(room.slots)
+        super().__init__(rank, len(room.slots))
         self._room = room
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum of `x` over the threads."""
-        check_payload(x)
+    def _sum(self, x: Tensor) -> Tensor:
         slots = self._room.slots
         slots[self.rank] = x
         self._room.wait()
@@ -76,7 +74,7 @@ class ThreadReplica(SharedHandle):
                 total += peer
         self._room.wait()  # everybody has read: the slots may be filled again
         if total is None:
-            raise CollectiveError(f"all_reduce: the replicas sent different dtypes or shapes, by rank: {signatures}")
+            raise RuntimeError(f"the replicas sent different dtypes or shapes, by rank: {signatures}")
         return total
 
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:

@@ -73,6 +73,5 @@ for handle in outside:
     raise AssertionError(f"{handle} was taken for a group")
 
 comm.all_reduce(torch.zeros(1))  # a rank of Horovod that ends ends the others' collectives, too
-names = f" {sync._group._name}" if isinstance(comm, syncbn.comm.Horovod) else ""
-line = f"conformance: {type(comm).__name__} rank {comm.rank} of {comm.size}: {checks} checks passed{names}\n"
+line = f"conformance: {type(comm).__name__} rank {comm.rank} of {comm.size}: {checks} checks passed\n"
 sys.stdout.write(line)  # in one piece: the ranks share the pipe
