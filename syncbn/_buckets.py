@@ -10,7 +10,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 
 def repeats(tensor: Tensor) -> bool:
-    """Tell whether elements share memory, as `expand` makes them: these cannot be written to one by one."""
+    """Tell whether elements share memory, as `expand` makes them: such a tensor cannot be written to."""
     return not tensor.is_contiguous() and any(
         s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)
     )
@@ -62,20 +62,20 @@ def _pieces(tensor: Tensor, at_most: int) -> Iterator[Tensor]:
 def flatten(bucket: Sequence[Tensor]) -> Tensor:
     """Return the values of tensors as one vector; it may be the tensor's own memory if there is one only."""
     flat: Tensor = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]  # one call for all
-    return flat.resolve_conj().resolve_neg()
+    return flat.detach().resolve_conj().resolve_neg()
 
 
-def write(flat: Tensor, bucket: list[Tensor]) -> None:
-    """Write what `flatten` has read into the tensors, each in its own dtype."""
-    torch._foreach_copy_(bucket, _unflatten_dense_tensors(flat, bucket))  # type: ignore[no-untyped-call]
+def parts_of(flat: Tensor, bucket: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return views of `flat` in the shapes of the tensors that `flatten` has read."""
+    parts: tuple[Tensor, ...] = _unflatten_dense_tensors(flat, bucket)  # type: ignore[no-untyped-call]
+    return parts
 
 
 def to_words(flat: Tensor) -> Tensor:
-    """Return the bytes of a vector as numbers, four to a float64; zeros fill the last."""
-    data = flat.view(torch.uint8)
-    return torch.cat([data, data.new_zeros(-len(data) % 4)]).view(torch.int32).double()
+    """Return the bytes of a vector as numbers, four to a float64; zeros fill up to a multiple of four elements."""
+    return torch.cat([flat, flat.new_zeros(-len(flat) % 4)]).view(torch.int32).double()
 
 
 def from_words(words: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
     """Return the vector that `to_words` took apart."""
-    return words.int().view(torch.uint8)[: numel * dtype.itemsize].view(dtype)
+    return words.int().view(dtype)[:numel]

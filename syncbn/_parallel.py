@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._alike import check_alike, check_plain, device_of, facts_of, problem_with
-from ._buckets import buckets, flatten, from_words, repeats, to_words, without_repeats, write
+from ._buckets import buckets, flatten, from_words, parts_of, repeats, to_words, without_repeats
 from .comm import Communicator
 from .comm._groups import ProcessGroup, resolve
 from .errors import DTypeError, InputError
@@ -52,7 +52,9 @@ def broadcast_parameters(module: nn.Module, *, process_group: ProcessGroup = Non
         if comm.rank == 0:
             comm.all_reduce(words)
         else:
-            write(from_words(comm.all_reduce(words.zero_()), len(flat), flat.dtype), bucket)
+            received = from_words(comm.all_reduce(words.zero_()), len(flat), flat.dtype)
+            for tensor, part in zip(bucket, parts_of(received, bucket), strict=True):
+                tensor.copy_(part)
 
 
 @torch.no_grad()
@@ -87,8 +89,8 @@ def average_gradients(module: nn.Module, *, process_group: ProcessGroup = None) 
     if not same_everywhere:
         _fill_in_zeros(parameters, comm, device_of(named))
     for p in parameters:
-        if p.grad is not None and repeats(p.grad):
-            p.grad = p.grad.contiguous()
+        if p.grad is not None and (repeats(p.grad) or p.grad.is_conj() or p.grad.is_neg()):
+            p.grad = p.grad.contiguous().resolve_conj().resolve_neg()  # memory to write to
     for bucket in buckets([p.grad for p in parameters if p.grad is not None], _summed_in, BUCKET_BYTES):
         _average(bucket, comm)
 
@@ -169,8 +171,6 @@ def _summed_in(gradient: Tensor) -> torch.dtype:
 
 def _average(bucket: list[Tensor], comm: Communicator) -> None:
     flat = flatten(bucket).to(_summed_in(bucket[0]))
-    if not flat.is_complex():
-        write(comm.all_reduce(flat).div_(comm.size), bucket)
-        return
-    mean = comm.all_reduce(torch.view_as_real(flat).flatten()).div_(comm.size)
-    write(torch.view_as_complex(mean.view(-1, 2)), bucket)
+    numbers = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    mean = comm.all_reduce(numbers).div_(comm.size)
+    torch._foreach_copy_(bucket, parts_of(mean.view(flat.dtype), bucket))
