@@ -62,7 +62,7 @@ def _pieces(tensor: Tensor, at_most: int) -> Iterator[Tensor]:
 def flatten(bucket: Sequence[Tensor]) -> Tensor:
     """Return the values of tensors as one vector; it may be the tensor's own memory if there is one only."""
     flat: Tensor = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]  # one call for all
-    return flat.detach().resolve_conj().resolve_neg()
+    return flat.detach()
 
 
 def parts_of(flat: Tensor, bucket: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -73,7 +73,8 @@ def parts_of(flat: Tensor, bucket: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def to_words(flat: Tensor) -> Tensor:
     """Return the bytes of a vector as numbers, four to a float64; zeros fill up to a multiple of four elements."""
-    return torch.cat([flat, flat.new_zeros(-len(flat) % 4)]).view(torch.int32).double()
+    padded = torch.cat([flat, flat.new_zeros(-len(flat) % 4)])  # a copy, without conjugate and negative bits
+    return padded.view(torch.int32).double()
 
 
 def from_words(words: Tensor, numel: int, dtype: torch.dtype) -> Tensor:

@@ -117,13 +117,13 @@ def test_broadcast_delivers_the_bits_and_does_not_write_on_rank_0(dtype, odd):
         column = torch.zeros(len(values), 2, dtype=dtype)[:, 0] if odd else torch.zeros(len(values), dtype=dtype)
         if comm.rank == 0:
             column.copy_(values)
-        module = Holder(one=column, another=column[:1].clone())
+        module = Holder(one=column, another=column[:2].clone())
         versions = [buffer._version for buffer in module.buffers()]
         broadcast_parameters(module, process_group=comm)
         written = [buffer._version for buffer in module.buffers()] != versions
         return bits(module.one), bits(module.another), written
 
-    expected = bits(values), bits(values[:1])
+    expected = bits(values), bits(values[:2])
     assert run_threads(3, replica) == [(*expected, rank > 0) for rank in range(3)]
 
 
@@ -145,14 +145,16 @@ def test_broadcast_into_any_layout(make):
     ones = [torch.arange(12.0).view(3, 4) * (-1) ** rank + rank for rank in range(2)]
 
     def replica(comm):
-        module = Holder(nn.Parameter(make(ones[comm.rank])), twin=make(ones[comm.rank].clone()))
-        strides = module.parameter.stride()
-        broadcast_parameters(module, process_group=comm)
-        assert module.parameter.stride() == strides
-        return bits(module.parameter), bits(module.twin)
+        alone = Holder(nn.Parameter(make(ones[comm.rank].clone())))
+        twins = Holder(a=make(ones[comm.rank].clone()), b=make(ones[comm.rank].clone()))
+        strides = alone.parameter.stride()
+        for module in (alone, twins):
+            broadcast_parameters(module, process_group=comm)
+        assert alone.parameter.stride() == strides
+        return bits(alone.parameter), bits(twins.a), bits(twins.b)
 
     expected = bits(make(ones[0]))
-    assert run_threads(2, replica) == [(expected, expected)] * 2
+    assert run_threads(2, replica) == [(expected,) * 3] * 2
 
 
 def test_layouts_may_differ_between_replicas():
@@ -329,6 +331,19 @@ def test_what_is_not_plain_memory_is_refused_by_name_on_every_replica(case, alon
     (kind, message), *others = run_threads(3, replica, timeout=5)
     assert others == [(kind, message)] * 2
     assert kind is (InputError if alone else DTypeError)
+
+
+@pytest.mark.parametrize("function", [broadcast_parameters, average_gradients])
+@pytest.mark.parametrize("on", [(0, 1), (1,)], ids=["everywhere", "on rank 1"])
+def test_a_model_without_values_is_refused(function, on):
+    """As other ranks than 0 have it with deferred initialisation."""
+
+    def replica(comm):
+        layer = nn.Linear(2, 2, device="meta" if comm.rank in on else "cpu")
+        with pytest.raises((DTypeError, InputError), match=r"weight(: | is )on the meta device"):
+            function(layer, process_group=comm)
+
+    run_threads(2, replica)
 
 
 def _sharded(rank, size):
