@@ -22,7 +22,7 @@ def broadcast_parameters(module: nn.Module, *, process_group: ProcessGroup = Non
     """Give every replica the bits of rank 0's parameters and buffers, in place; rank 0's own are not written.
 
     The all-reduce of rank 0's bytes, four to a float64 number, and of the others' zeros: exact for every dtype, for
-    -0.0 and NaN. So it sends twice the bytes of the model, once, and holds about 100 MB while it does.
+    -0.0 and NaN. So it sends twice the bytes of the model, once, and holds 100 to 200 MB meanwhile.
 
     Args:
         module: of the same structure on every replica. Tied tensors are sent once.
