@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
         if comm.rank == 0:
             _print(rows, arguments, launch, comm, device)
         deadline.doing = "waiting for rank 0 to print"
-        comm.all_reduce(torch.zeros(1))  # the first rank that exits with 1 ends the job
+        comm.all_reduce(torch.zeros(1, device="cpu"))  # the first rank that exits with 1 ends the job
     if not all(row.passed for row in rows):
         sys.exit(1)
 
@@ -168,10 +168,10 @@ def _data(case: Case, size: int) -> tuple[list[Tensor], list[Tensor], Tensor, Te
     dtype = DTYPES[case.dtype][0]
     xs, gs = [], []
     for rank, samples in enumerate(SHARES[case.shares](size)):
-        x, g = torch.randn(2, samples, CHANNELS, *space, generator=generator, dtype=torch.float64)
+        x, g = torch.randn(2, samples, CHANNELS, *space, generator=generator, dtype=torch.float64, device="cpu")
         xs.append((x * (1 + rank % 3) + rank % 5).to(dtype).double())
         gs.append(g.to(dtype).double())
-    weight, bias = torch.rand(2, CHANNELS, generator=generator).double() + 0.5
+    weight, bias = torch.rand(2, CHANNELS, generator=generator, device="cpu").double() + 0.5
     return xs, gs, weight, bias
 
 
@@ -186,7 +186,7 @@ def _whole_batch(
     """Return what must come out on `rank`."""
     x = torch.cat(list(xs)).requires_grad_()
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    mean, var = torch.zeros(CHANNELS).double(), torch.ones(CHANNELS).double()
+    mean, var = x.new_zeros(CHANNELS), x.new_ones(CHANNELS)
     y = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=MOMENTUM, eps=EPS)
     dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), torch.cat(list(gs)))
     start = sum(len(part) for part in xs[:rank])
