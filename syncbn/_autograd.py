@@ -15,6 +15,7 @@ from .errors import InputError
 from .kernels import _composed as composed
 from .kernels import kernels_for
 
+
 def sync_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float, comm: Communicator
 ) -> Tensor:

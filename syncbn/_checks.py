@@ -49,7 +49,8 @@ _PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
 
 def _check_kind(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
-        raise DTypeError(f"expected floating-point {name}, got {tensor.dtype}: convert it, e.g. with .float()")
+        remedy = "dequantize()" if tensor.is_quantized else "float()"
+        raise DTypeError(f"expected floating-point {name}, got {tensor.dtype}: pass {name}.{remedy}")
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_traced(tensor):
         raise DTypeError(
             f"expected an ordinary tensor as {name}, got a {type(tensor).__name__}, whose values are elsewhere: "

@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 collect_ignore = ["jobs"]  # scripts: --doctest-modules would import, and so run, them
 ROOT = Path(__file__).parents[1]
 COLLECTIVE_SECONDS = 20  # a rank waits so long for its peers
-TASK_SECONDS = 45  # the pool is killed after that
+TASK_SECONDS = 45
 
 
 BOTH_PATHS = {"test_equivalence", "test_extreme", "test_collectives", "test_autograd", "test_precision"}
@@ -92,23 +92,23 @@ class GlooPool:
             worker.join()
         self.workers = []
 
-    def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return `fn(rank, size, *args)` of every rank, in rank order."""
+    def run(self, fn: Callable[..., Any], *args: Any, seconds: float = TASK_SECONDS) -> list[Any]:
+        """Return `fn(rank, size, *args)` of every rank, in rank order; after `seconds` the pool is killed."""
         if not self.workers:
             self.start()
         for _, pipe in self.workers:
             pipe.send((fn, args))
-        answers = [self._answer(rank) for rank in range(self.size)]
+        answers = [self._answer(rank, seconds) for rank in range(self.size)]
         failures = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failures:
             self.stop(kill=True)  # the ranks may be out of step: the next test gets fresh ones
             pytest.fail("\n".join(failures), pytrace=False)
         return [answer for _, answer in answers]
 
-    def _answer(self, rank: int) -> tuple[bool, Any]:
+    def _answer(self, rank: int, seconds: float) -> tuple[bool, Any]:
         worker, pipe = self.workers[rank]
-        if not pipe.poll(TASK_SECONDS):
-            return False, f"no answer within {TASK_SECONDS} s"
+        if not pipe.poll(seconds):
+            return False, f"no answer within {seconds} s"
         try:
             return pipe.recv()  # type: ignore[no-any-return]
         except (EOFError, ConnectionResetError):
@@ -127,7 +127,7 @@ def _pools() -> Iterator[dict[int, GlooPool]]:
 @pytest.fixture
 def gloo(_pools: dict[int, GlooPool]) -> Callable[..., list[Any]]:
     """`gloo(size, fn, *args)`: the results of `fn(rank, size, *args)` on `size` real processes over Gloo."""
-    return lambda size, fn, *args: _pools.setdefault(size, GlooPool(size)).run(fn, *args)
+    return lambda size, fn, *args, **kwargs: _pools.setdefault(size, GlooPool(size)).run(fn, *args, **kwargs)
 
 
 def start_job(command: list[str], *, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.Popen[str]:

@@ -16,6 +16,8 @@ ROOT = Path(syncbn.__file__).parent
 LAYERS = [
     {"errors"},
     {"_compiled"},
+    {"_plain"},
+    {"_statistics"},
     {"comm._protocol"},
     {"comm._single", "comm._threads", "comm._shared_memory", "comm._mpi", "comm._horovod"},
     {"comm._hosts"},
@@ -23,12 +25,12 @@ LAYERS = [
     {"comm._groups"},
     {"comm"},
     {"kernels._protocol"},
-    {"kernels._cpu", "kernels._cuda"},
+    {"kernels._composed", "kernels._cpu", "kernels._torch"},
     {"kernels._select"},
     {"kernels"},
-    {"_statistics"},
-    {"_composed"},
-    {"_fused"},
+    {"_checks", "_recomputation"},
+    {"_autograd"},
+    {"_operators"},
     {"functional"},
     {"_layer"},
     {"_buckets"},
@@ -43,7 +45,16 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-KNOWS_BATCH_NORM = {"_statistics", "_composed", "_fused", "functional", "_layer", "_convert"}
+KNOWS_BATCH_NORM = {
+    "_statistics",
+    "_checks",
+    "_recomputation",
+    "_autograd",
+    "_operators",
+    "functional",
+    "_layer",
+    "_convert",
+}
 OPTIONAL = {"mpi4py": "comm._mpi", "horovod": "comm._horovod"}
 
 

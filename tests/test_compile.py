@@ -81,7 +81,7 @@ HOW = ["plain", "checkpoint of compiled", "reentrant checkpoint of compiled", "c
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("backend", "how"), [("inductor", "plain"), *(("aot_eager", how) for how in HOW)])
 def test_compiled_without_a_graph_break(gloo, backend: str, how: str) -> None:
-    gloo(2, _compiled, backend, how)
+    gloo(2, _compiled, backend, how, seconds=100)
 
 
 def _function(rank: int, size: int) -> None:

@@ -270,7 +270,7 @@ def test_bad_input(x, error, message, training):
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_quantised_input():
     x = torch.quantize_per_tensor(torch.ones(2, 3), 1.0, 0, torch.quint8)
-    with pytest.raises(DTypeError, match=r"floating-point input, got torch.quint8"):
+    with pytest.raises(DTypeError, match=r"floating-point input, got torch.quint8: pass input.dequantize\(\)"):
         SyncBatchNorm(3, process_group=Unreachable())(x)
 
 
