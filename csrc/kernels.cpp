@@ -132,6 +132,10 @@ struct Tensors {
                 for (int64_t first = 0; first < view.columns; first += period)
                     for (int64_t c = 0; c < plan.channels; c++) {
                         const double *column = sums.data() + which * stride + first + c * plan.spread;
+                        if (plan.spread == 1) {
+                            to[which * plan.channels + c] += *column;
+                            continue;
+                        }
                         double sum = 0;
 #pragma omp simd reduction(+ : sum)
                         for (int64_t s = 0; s < plan.spread; s++) sum += column[s];
@@ -142,7 +146,7 @@ struct Tensors {
 
     double rounded(double value) const { return x.dtype == FLOAT64 ? value : float(value); }
 
-    // Arrays of coefficients in the compute type, one value per column: of(c, values) sets those of channel c.
+    // Arrays of coefficients in the compute type, one value per column: of(c, values, rounded) sets those of channel c.
     template <class Of>
     std::vector<char> coefficients(int kinds, Of of) const {
         return x.dtype == FLOAT64 ? coefficients_in<double>(kinds, of) : coefficients_in<float>(kinds, of);
@@ -152,15 +156,17 @@ struct Tensors {
     std::vector<char> coefficients_in(int kinds, Of of) const {
         std::vector<char> bytes(kinds * plan.stride * sizeof(A));
         A *arrays = (A *)bytes.data();
-        const int64_t period = plan.channels * plan.spread;
-        for (int64_t c = 0; c < plan.channels && plan.stride; c++) {
+        const auto rounded = [](double value) { return double(A(value)); };
+        const int64_t C = plan.stride ? plan.channels : 0, spread = plan.spread, stride = plan.stride;
+        for (int64_t c = 0; c < C; c++) {
             double values[COEFFICIENTS];
-            of(c, values);
-            for (int k = 0; k < kinds; k++)
-                std::fill_n(arrays + k * plan.stride + c * plan.spread, plan.spread, A(values[k]));
+            of(c, values, rounded);
+            for (int k = 0; k < kinds; k++) arrays[k * stride + c] = A(values[k]);
         }
-        for (int k = 0; k < kinds; k++, arrays += plan.stride)
-            for (int64_t j = period; j < plan.stride; j++) arrays[j] = arrays[j - period];
+        for (int k = 0; k < kinds; k++, arrays += stride) {
+            for (int64_t c = C; spread > 1 && c-- > 0;) std::fill_n(arrays + c * spread, spread, arrays[c]);
+            for (int64_t j = C * spread; j < stride; j++) arrays[j] = arrays[j - C * spread];
+        }
         return bytes;
     }
 };
@@ -180,7 +186,7 @@ double normalize(int threads, nb::handle x_, nb::handle y_, nb::handle total_, n
                  nb::handle weight_, nb::handle bias_, double eps, nb::handle running_) {
     const Values x("x", x_), y("y", y_, x);
     const int64_t C = x.C;
-    const Vector total("total", total_, 2 * C + 1), weight("weight", weight_, C), bias("bias", bias_, C);
+    const Vector total("total", total_, 2 * C + 1), weight("weight", weight_, C, 1), bias("bias", bias_, C, 0);
     double *const statistics = result("statistics", statistics_, 2 * C + 1);
     Running running(running_, C);
     const Moments of(total.begin(), C);
@@ -191,10 +197,10 @@ double normalize(int threads, nb::handle x_, nb::handle y_, nb::handle total_, n
         for (int64_t c = 0; c < C; c++) mean[c] = of.mean(c), invstd[c] = 1 / std::sqrt(of.variance(c) + eps);
         invstd[C] = of.count;
         const Tensors t{threads, x, 0, y.at};
-        const auto coefficients = t.coefficients(3, [&](int64_t c, double *k) {
-            k[PIVOT] = t.rounded(mean[c]);
-            k[SCALE] = (weight ? weight[c] : 1) * invstd[c];
-            k[SHIFT] = (k[PIVOT] - mean[c]) * k[SCALE] + (bias ? bias[c] : 0);
+        const auto coefficients = t.coefficients(3, [&](int64_t c, double *k, auto rounded) {
+            k[PIVOT] = rounded(mean[c]);
+            k[SCALE] = weight[c] * invstd[c];
+            k[SHIFT] = (k[PIVOT] - mean[c]) * k[SCALE] + bias[c];
         });
         t.elementwise(loops[x.dtype].normalize, coefficients.data());
         running.move(of, C);
@@ -211,7 +217,7 @@ void backward_sums(int threads, nb::handle dy_, nb::handle x_, nb::handle statis
     const nb::gil_scoped_release release;
     const double *const mean = statistics.begin(), *const invstd = mean + C;
     const Tensors t{threads, x, dy.at, 0};
-    const auto coefficients = t.coefficients(1, [&](int64_t c, double *k) { k[PIVOT] = mean[c]; });
+    const auto coefficients = t.coefficients(1, [&](int64_t c, double *k, auto) { k[PIVOT] = mean[c]; });
     t.sum(loops[x.dtype].backward_sums, coefficients.data(), t1);
     for (int64_t c = 0; c < C; c++) t2[c] = (t2[c] + (t.rounded(mean[c]) - mean[c]) * t1[c]) * invstd[c];
 }
@@ -221,17 +227,17 @@ void backward_input(int threads, nb::handle dy_, nb::handle x_, nb::handle dx_, 
                     nb::handle weight_, nb::handle sums_) {
     const Values x("x", x_), dy("dy", dy_, x), dx("dx", dx_, x);
     const int64_t C = x.C;
-    const Vector statistics("statistics", statistics_, 2 * C + 1), weight("weight", weight_, C),
+    const Vector statistics("statistics", statistics_, 2 * C + 1), weight("weight", weight_, C, 1),
         sums("sums", sums_, 2 * C);
     const nb::gil_scoped_release release;
     const double *const mean = statistics.begin(), *const invstd = mean + C;
     const double n = invstd[C];
     const double *const t1 = sums.begin(), *const t2 = t1 + C;
     const Tensors t{threads, x, dy.at, dx.at};
-    const auto coefficients = t.coefficients(5, [&](int64_t c, double *k) {
-        k[PIVOT] = t.rounded(mean[c]);
-        k[DY_PIVOT] = t.rounded(t1[c] / n);
-        k[DY_SCALE] = (weight ? weight[c] : 1) * invstd[c];
+    const auto coefficients = t.coefficients(5, [&](int64_t c, double *k, auto rounded) {
+        k[PIVOT] = rounded(mean[c]);
+        k[DY_PIVOT] = rounded(t1[c] / n);
+        k[DY_SCALE] = weight[c] * invstd[c];
         k[SCALE] = -k[DY_SCALE] * invstd[c] * t2[c] / n;
         k[SHIFT] = (k[PIVOT] - mean[c]) * k[SCALE] + (k[DY_PIVOT] - t1[c] / n) * k[DY_SCALE];
     });

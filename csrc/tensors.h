@@ -100,7 +100,8 @@ inline std::optional<Layout> layout(nb::handle tensor) {
     planes = follows(1) && planes;
     planes = follows(0) && planes;
     const int64_t N = size(0), C = size(1);
-    if (planes || step == 0) return Layout{N, C, inner};
+    if (step == 0) return Layout{0, C, 1};
+    if (planes) return Layout{N, C, inner};
     step = 1;
     rows = follows(1);
     for (Py_ssize_t d = dims - 1; d >= 2; d--) rows = follows(d) && rows;
@@ -135,33 +136,43 @@ inline void check_length(const char *name, nb::handle tensor, int64_t expected) 
         refuse(name, "expected " + std::to_string(expected) + " values, got " + std::to_string(length));
 }
 
-// A vector that is read: of any floating dtype and stride, here in float64. Absent where None is handed over.
+// A vector that is read: of any floating dtype and stride, here in float64.
 class Vector {
   public:
-    Vector(const char *name, nb::handle tensor, int64_t length) {
-        if (tensor.is_none()) return;
+    // With `absent` for each value where the tensor is None.
+    Vector(const char *name, nb::handle tensor, int64_t length, double absent) {
+        if (tensor.is_none())
+            std::fill_n(make(length), length, absent);
+        else
+            read(name, tensor, length);
+    }
+    Vector(const char *name, nb::handle tensor, int64_t length) { read(name, tensor, length); }
+    double operator[](int64_t c) const { return at_[c]; }
+    const double *begin() const { return at_; }
+
+  private:
+    void read(const char *name, nb::handle tensor, int64_t length) {
         check_length(name, tensor, length);
         owner_ = call(tensor, torch().contiguous);
         Memory of(name, owner_, length);
         if (of.dtype == INT64) refuse_dtype(name, tensor);
         if (of.dtype == FLOAT32) {
-            converted_.reset(new double[length]);
-            std::copy_n((const float *)of.at, length, converted_.get());
-        } else if (of.dtype != FLOAT64) {
-            of = Memory(name, owner_ = call(owner_, torch().to_double), length);
+            std::copy_n((const float *)of.at, length, make(length));
+            return;
         }
-        at_ = converted_ ? converted_.get() : (const double *)of.at;
-        present_ = true;
+        if (of.dtype != FLOAT64) of = Memory(name, owner_ = call(owner_, torch().to_double), length);
+        at_ = (const double *)of.at;
     }
-    explicit operator bool() const { return present_; }
-    double operator[](int64_t c) const { return at_[c]; }
-    const double *begin() const { return at_; }
 
-  private:
+    double *make(int64_t length) {
+        own_.reset(new double[length]);
+        at_ = own_.get();
+        return own_.get();
+    }
+
     nb::object owner_;
-    std::unique_ptr<double[]> converted_;
-    const double *at_ = nullptr;
-    bool present_ = false;
+    std::unique_ptr<double[]> own_;
+    const double *at_;
 };
 
 // A float64 vector that is written.
