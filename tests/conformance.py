@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import signal
 import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 
 from syncbn.comm import Communicator, SingleProcess
-from syncbn.comm._protocol import LostGroup
-from syncbn.errors import DTypeError
+from syncbn.comm._protocol import BaseCommunicator, LostGroup
+from syncbn.errors import CollectiveError, DTypeError, GroupError
 
 LENGTHS = (0, 1, 3, 4097)
 DTYPES = (torch.float32, torch.float64)
@@ -67,11 +73,15 @@ def refuses_what_it_cannot_sum(comm: Communicator) -> None:
         torch.ones(3, dtype=torch.int64),
         torch.ones(3, requires_grad=True),
         torch.ones(3, 4).t(),
+        torch.ones(3).to_sparse(),
+        torch._neg_view(torch.ones(3)),
+        torch.nn.Parameter(torch.ones(3), requires_grad=False),
+        torch.ones(3, dtype=torch.uint8),
     ):
-        if comm.size == 1 and not isinstance(comm, SingleProcess):
-            continue
         with pytest.raises(DTypeError):
             comm.all_reduce(bad)
+    with pytest.raises(DTypeError, match=r"torch\.func"):
+        torch.func.vmap(comm.all_reduce)(torch.ones(2, 3))
 
 
 def from_another_thread(comm: Communicator) -> None:
@@ -86,6 +96,11 @@ def from_another_thread(comm: Communicator) -> None:
 def copies_share_pickles_drop(comm: Communicator) -> None:
     assert copy.deepcopy(comm) is comm
     assert isinstance(pickle.loads(pickle.dumps(comm)), (LostGroup, SingleProcess))
+
+
+def says_what_it_is(comm: BaseCommunicator) -> None:
+    assert repr(comm) == f"{type(comm).__name__}(rank {comm.rank} of {comm.size}, {comm.transport}, open)"
+    assert comm.transport
 
 
 def rank_and_size(comm: Communicator) -> None:
@@ -103,6 +118,7 @@ CHECKS = (
     refuses_what_it_cannot_sum,
     from_another_thread,
     copies_share_pickles_drop,
+    says_what_it_is,
 )
 
 
@@ -111,3 +127,72 @@ def conformance(comm: Communicator) -> int:
     for check in CHECKS:
         check(comm)
     return len(CHECKS)
+
+
+# ---- states: each check makes a communicator of its own, and ends it
+
+Make = Callable[[timedelta], BaseCommunicator]
+SECONDS = timedelta(seconds=2)  # of a wait in vain
+
+
+def refuses_once_closed(make: Make) -> None:
+    comm = make(SECONDS)
+    comm.all_reduce(torch.ones(3))
+    comm.close()
+    comm.close()
+    assert comm.state == "closed"
+    assert repr(comm).endswith("closed)")
+    with pytest.raises(GroupError, match=r"close\(\) was called"):
+        comm.all_reduce(torch.ones(3))
+
+
+def broken_by_a_peer_that_stays_away(make: Make) -> None:
+    comm = make(SECONDS)
+    comm.all_reduce(torch.ones(3))
+    if comm.rank < comm.size - 1:
+        with pytest.raises(CollectiveError, match=rf"failed on rank {comm.rank} of {comm.size} \(") as first:
+            comm.all_reduce(torch.ones(3))
+        stays_broken(comm, str(first.value))
+    comm.close()
+    assert comm.state == "closed"
+
+
+def broken_by_an_interruption(make: Make) -> None:
+    comm = make(SECONDS)
+    comm.all_reduce(torch.ones(3))
+    if comm.rank == 0:
+        timer = threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            comm.all_reduce(torch.ones(3))
+        timer.join()
+        stays_broken(comm, "all_reduce of 3 numbers was interrupted on rank 0")
+    else:
+        time.sleep(1.0)
+        try:
+            comm.all_reduce(torch.ones(3))
+        except CollectiveError:  # rank 0 may have sent its part, or not
+            assert comm.state == "broken"
+    comm.close()
+
+
+def stays_broken(comm: BaseCommunicator, why: str) -> None:
+    for _ in range(2):
+        start = time.monotonic()
+        with pytest.raises(CollectiveError) as again:
+            comm.all_reduce(torch.ones(3))
+        assert time.monotonic() - start < 0.5
+        assert why in str(again.value)
+        assert "out of step" in str(again.value)
+        assert "Start the job again" in str(again.value)
+    assert comm.state == "broken"
+
+
+STATES = (refuses_once_closed, broken_by_a_peer_that_stays_away, broken_by_an_interruption)
+
+
+def states(make: Make, checks: tuple[Any, ...] = STATES) -> int:
+    """Run every check of states; return how many."""
+    for check in checks:
+        check(make)
+    return len(checks)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
-from conformance import CHECKS, conformance
+from conformance import CHECKS, STATES, conformance, states
 
-from syncbn.comm import SingleProcess, TorchDistributed, run_threads
+from syncbn.comm import Communicator, SharedMemory, SingleProcess, TorchDistributed, run_threads
 from syncbn.comm._protocol import BaseCommunicator
 from syncbn.errors import CollectiveError, GroupError
 
@@ -32,6 +37,56 @@ def test_the_suite_can_fail() -> None:
         conformance(Averages(0, 2))
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_states_of_threads(size: int) -> None:
+    """Signals reach the main thread alone, so no interruption here; `Room.wait` has its own test."""
+    for check in STATES[:2]:
+        run_threads(size, lambda comm, check=check: check(lambda _: comm), timeout=0.3)
+
+
+def test_a_thread_that_is_interrupted_releases_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def replica(comm: Communicator) -> str:
+        if comm.rank == 0:
+            monkeypatch.setattr(comm._room, "wait", _interrupted_wait(comm._room))
+        start = time.monotonic()
+        with pytest.raises((KeyboardInterrupt, CollectiveError)) as caught:
+            comm.all_reduce(torch.ones(3))
+        assert time.monotonic() - start < 5
+        return caught.type.__name__
+
+    assert sorted(run_threads(2, replica, timeout=20)) == ["CollectiveError", "KeyboardInterrupt"]
+
+
+def _interrupted_wait(room: object) -> Callable[[], None]:
+    wait, here = room.wait, threading.get_ident()
+
+    def interrupted() -> None:
+        if threading.get_ident() == here:
+            room.barrier.wait = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+        wait()
+
+    return interrupted
+
+
+def _states(rank: int, size: int, way: str) -> int:
+    def make(timeout: timedelta) -> TorchDistributed | SharedMemory:
+        group = dist.new_group(timeout=timeout)
+        return TorchDistributed(group) if way != "direct" else SharedMemory(TorchDistributed(group), timeout=timeout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYNCBN_SHARED_MEMORY", "0" if way == "gloo" else "1")
+        done = 0
+        for check in STATES:
+            done += states(make, (check,))
+            dist.barrier()
+        return done
+
+
+@pytest.mark.parametrize(("size", "way"), [(2, "gloo"), (3, "gloo"), (2, "shared memory"), (2, "direct")])
+def test_states_of_torch_distributed(gloo, size: int, way: str) -> None:
+    assert gloo(size, _states, way) == [len(STATES)] * size
+
+
 def _conformance(rank: int, size: int) -> int:
     return conformance(TorchDistributed())
 
@@ -49,7 +104,9 @@ def test_real_launcher(launch) -> None:
     assert job.returncode == 0, job.stdout
     kind = {"torchrun": "TorchDistributed", "mpirun": "MPI", "horovodrun": "Horovod"}[launch.launcher]
     for rank in range(3):
-        assert f"conformance: {kind} rank {rank} of 3: {len(CHECKS)} checks passed" in job.stdout
+        assert (
+            f"conformance: {kind} rank {rank} of 3: {len(CHECKS)} checks and {len(STATES)} states passed" in job.stdout
+        )
 
 
 def _leave_one_out(rank: int, size: int) -> str:
@@ -66,8 +123,6 @@ def test_a_rank_outside_the_group_is_told(gloo) -> None:
 
 
 def _one_never_calls(rank: int, size: int) -> str:
-    from datetime import timedelta
-
     group = dist.new_group(list(range(size)), timeout=timedelta(seconds=2))
     if rank == 1:
         dist.barrier()

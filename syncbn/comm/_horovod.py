@@ -82,10 +82,7 @@ class Horovod(BaseCommunicator):
 
     def exists(self) -> bool:
         """Tell whether Horovod runs, with this rank and size, and knows the process set."""
-        hvd = _hvd()
-        if not hvd.is_initialized() or self.process_set.process_set_id is None:
-            return False
-        return bool((self.process_set.rank(), self.process_set.size()) == (self.rank, self.size))
+        return bool(_hvd().is_initialized()) and _rank_and_size(self.process_set) == (self.rank, self.size)
 
     def restarted(self) -> bool:
         """Tell whether Horovod runs, for the world that comes after this one."""
@@ -113,6 +110,7 @@ class Horovod(BaseCommunicator):
     def _release(self) -> None:
         if self._started and _hvd().is_initialized():
             _hvd().shutdown()
+            _process_sets.clear()
 
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return the communicator of the part that holds this rank; every rank registers every process set."""
@@ -124,6 +122,16 @@ class Horovod(BaseCommunicator):
 
 
 _all: weakref.WeakSet[Horovod] = weakref.WeakSet()
+def _rank_and_size(process_set: Any) -> tuple[int, int] | None:
+    """None: it was removed, or Horovod was shut down, and started again perhaps."""
+    if process_set.process_set_id is None:
+        return None
+    try:
+        return process_set.rank(), process_set.size()
+    except ValueError:
+        return None
+
+
 _process_sets: dict[tuple[int, ...], Any] = {}  # Horovod refuses to register the same ranks twice
 
 
@@ -133,7 +141,7 @@ def _registered(ranks: list[int]) -> Any:
     if ranks == list(range(hvd.size())):
         return hvd.global_process_set
     known = _process_sets.get(tuple(ranks))
-    if known is not None and known.process_set_id is not None:  # None: removed, or Horovod was shut down
+    if known is not None and _rank_and_size(known) is not None:
         return known
     try:
         _process_sets[tuple(ranks)] = hvd.add_process_set(ranks)
