@@ -113,7 +113,7 @@ def _shared_memory() -> Part:
 
 
 def _sum_in_shared_memory(comm: Communicator) -> float:
-    x = torch.tensor([comm.rank + 1.0], dtype=torch.float64)
+    x = torch.tensor([comm.rank + 1.0], dtype=torch.float64, device="cpu")
     return SharedMemory(comm).all_reduce(x).item()
 
 
