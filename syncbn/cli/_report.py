@@ -53,14 +53,13 @@ def _latency(rows: list[Record]) -> Table:
 
 def _layers(rows: list[Record]) -> Table:
     table = _table(
-        "Forward + backward of one layer, ms; ratios are medians of paired runs",
-        "input", "nn.BatchNorm2d", "composed", "syncbn", "floor", "one rank",
-        "/ nn.BatchNorm2d", "one rank / nn.BatchNorm2d", "/ (floor + collectives)",
+        "Forward + backward of one layer, ms; BN is nn.BatchNorm2d; ratios are medians of paired runs",
+        "input", "BN", "composed", "floor", "one rank", "syncbn", "one rank / BN", "syncbn / BN", "/ (floor + sums)",
     )  # fmt: skip
     for row in rows:
         seconds = row["seconds"]
-        cells = [_ms(seconds.get(name)) for name in ("nn.BatchNorm2d", "composed", "syncbn", "floor", "one rank")]
-        ratios = [_ratio(row[name]) for name in ("to_batch_norm", "one_rank_to_batch_norm", "to_floor")]
+        cells = [_ms(seconds.get(name)) for name in ("nn.BatchNorm2d", "composed", "floor", "one rank", "syncbn")]
+        ratios = [_ratio(row[name]) for name in ("one_rank_to_batch_norm", "to_batch_norm", "to_floor")]
         table.add_row(row["case"], *cells, *ratios)
     return table
 
