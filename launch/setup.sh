@@ -68,7 +68,7 @@ else
 fi
 rm -f "$stamp"
 
-[[ ${SYNCBN_BUILD_NATIVE:-1} == 0 ]] || tool "${CXX:-c++}" "on Debian and Ubuntu apt install g++, set CXX to a C++ compiler," \
+[[ ${SYNCBN_BUILD_NATIVE:-1} =~ ^(0|false|off|no)$ ]] || tool "${CXX:-c++}" "on Debian and Ubuntu apt install g++, set CXX to a C++ compiler," \
   "or set SYNCBN_BUILD_NATIVE=0 to do without the compiled kernels" >/dev/null
 
 say "installing syncbn[$extras] and the packages of constraints.txt (a few minutes, most of it PyTorch)"

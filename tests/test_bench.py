@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from syncbn.cli import _bench
 from syncbn.comm import SingleProcess, run_threads
@@ -45,14 +46,10 @@ def test_ranks_measure_in_step(size: int) -> None:
     """A rank that ran another order would sum other numbers."""
 
     def replica(comm):
-        variants = {str(n): lambda n=n: comm.all_reduce(_numbers(n)) for n in range(1, 4)}
+        variants = {str(n): lambda n=n: comm.all_reduce(torch.zeros(n)) for n in range(1, 4)}
         return {name: len(seconds) for name, seconds in _bench.interleaved(variants, comm, 3).items()}
 
     assert run_threads(size, replica) == [{"1": 3, "2": 3, "3": 3}] * size
-
-
-def _numbers(count: int):
-    return _bench.torch.zeros(count)
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
