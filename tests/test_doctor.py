@@ -66,6 +66,7 @@ MISSING = replace(RANK, compiled="")
         [MISSING, replace(MISSING, rank=1)],
         [CUDA, replace(CUDA, rank=1, host="node2", compiled="", shared_memory_setting="0")],  # of no use there
         [replace(RANK, shared_memory_setting="0"), replace(RANK, rank=1, shared_memory_setting="0")],
+        [replace(RANK, variable=""), replace(RANK, variable="", rank=1, shared_memory_setting="0")],  # MPI
     ],
 )
 def test_sound_ranks(world: list[Facts]) -> None:

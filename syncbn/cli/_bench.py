@@ -258,7 +258,7 @@ def saved_for_backward() -> Record:
 
 def _saved(module: nn.Module) -> int:
     saved: list[Tensor] = []
-    x = torch.randn(SMALL, device="cpu", requires_grad=True)
+    x = torch.randn(SMALL, requires_grad=True, device="cpu")
 
     def pack(t: Tensor) -> Tensor:
         saved.append(t)

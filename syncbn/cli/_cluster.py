@@ -188,7 +188,8 @@ def _paths(world: Sequence[Facts]) -> Iterable[Finding]:
             remedy = "reinstall syncbn there with a C++ compiler and without SYNCBN_BUILD_NATIVE=0"
             yield Finding("warning", f"{text}: {remedy}")
     apart = [rank for rank in world if rank.shared_memory_setting == "0"]
-    if len(apart) < len(world) and apart and not all(rank.device_id for rank in world):
+    over_gloo = world[0].variable == "GLOO_SOCKET_IFNAME"  # MPI and Horovod have ways of their own
+    if over_gloo and apart and len(apart) < len(world) and not all(rank.device_id for rank in world):
         text = (
             f"{_ranks(apart)}: SYNCBN_SHARED_MEMORY=0, so that CPU tensors reach the other ranks of the host by sockets"
         )

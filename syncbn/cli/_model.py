@@ -99,8 +99,9 @@ def _prepare(
 
 def _inputs(module: Any, sample: Sequence[int] | None, samples: int) -> list[Tensor]:
     if sample is not None:
-        generator = torch.Generator("cpu").manual_seed(0)
-        return [torch.randn(samples, *sample, generator=generator, dtype=torch.float64, device="cpu")]
+        return [
+            torch.randn(samples, *sample, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+        ]
     example = getattr(module, "example_inputs", None)
     if example is None:
         raise InputError(
@@ -126,7 +127,7 @@ def _train(model: nn.Module, inputs: Sequence[Tensor], part: slice) -> Outcome:
                 f"an output of shape {tuple(y.shape)} for {len(xs[0])} samples: its parts cannot be compared; let the "
                 "factory return a model whose outputs have the samples in dimension 0"
             )
-    generator = torch.Generator("cpu").manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     shapes = [(len(inputs[0]), *y.shape[1:]) for y in leaves]
     gs = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")[part] for shape in shapes]
     with_grad = [(y, g.to(y)) for y, g in zip(leaves, gs, strict=True) if y.requires_grad]

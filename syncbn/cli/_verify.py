@@ -163,7 +163,7 @@ def _compare(case: Case, layer: nn.Module, comm: Communicator, device: str) -> I
 
 def _data(case: Case, size: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Draw all ranks' x and dy, alike on every rank and rounded to the dtype; ranks differ in mean and scale."""
-    generator = torch.Generator("cpu").manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     space = () if case.layout == "(N, C)" else PIXELS
     dtype = DTYPES[case.dtype][0]
     xs, gs = [], []
@@ -186,10 +186,7 @@ def _whole_batch(
     """Return what must come out on `rank`."""
     x = torch.cat(list(xs)).requires_grad_()
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    mean, var = (
-        torch.zeros(CHANNELS, dtype=torch.float64, device="cpu"),
-        torch.ones(CHANNELS, dtype=torch.float64, device="cpu"),
-    )
+    mean, var = x.new_zeros(CHANNELS), x.new_ones(CHANNELS)
     y = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=MOMENTUM, eps=EPS)
     dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), torch.cat(list(gs)))
     start = sum(len(part) for part in xs[:rank])
