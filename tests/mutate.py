@@ -536,7 +536,8 @@ def draw(candidates: list[Mutant], arguments: argparse.Namespace) -> list[Mutant
     if not arguments.only_survivors:
         return random.Random(arguments.seed).sample(candidates, min(arguments.count, len(candidates)))
     earlier = json.loads(arguments.only_survivors.read_text())["mutants"]
-    wanted = {(m["file"], m["text"], m["change"]) for m in earlier if m["state"] == "survived"}
+    keys = {(m["file"], m["text"], m["change"]) for m in earlier if m["state"] == "survived"}
+    wanted = {key for key in keys if not arguments.files or key[0] in arguments.files}
     gone = wanted - {m.key() for m in candidates}
     for file, text, change in sorted(gone):
         print(f"gone: {file}: {text}: {change}")

@@ -90,6 +90,6 @@ def test_survivors_are_found_again_by_their_line(tmp_path: Path, capsys: pytest.
         {**asdict(Mutant("x.py", 9, "gone", "1  ->  2", 0, 1, "2")), "state": "survived"},
     ]
     (tmp_path / "earlier.json").write_text(json.dumps({"mutants": earlier}))
-    arguments = argparse.Namespace(only_survivors=tmp_path / "earlier.json")
+    arguments = argparse.Namespace(only_survivors=tmp_path / "earlier.json", files=[])
     assert mutate.draw(moved, arguments) == [moved[0]]
     assert "gone: x.py: gone" in capsys.readouterr().out
