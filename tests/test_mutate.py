@@ -1,4 +1,4 @@
-"""The mutants that tests/mutate.py makes, and what it leaves alone."""
+"""The mutants that tests/mutate.py draws from, and what is left alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mutate
 import pytest
-from mutate import Mutant, mutants_of
+from mutants import Mutant, mutants_of
 
 ROOT = Path(__file__).parents[1]
 
