@@ -238,6 +238,7 @@ def compiled(case: Case, comm: Communicator, repeats: int) -> Record:
     x, dy = case.random().requires_grad_(), case.random()
     eager, graph = (nn.Sequential(syncbn.SyncBatchNorm(case.shape[1], device=device()), nn.ReLU()) for _ in range(2))
     graph.compile(fullgraph=True)
+    forward_backward(graph, x, dy)  # compiles; what a second run may compile again is left to the run to warm up
     variants = {
         "compiled": lambda: forward_backward(graph, x, dy),
         "eager": lambda: forward_backward(eager, x, dy),
