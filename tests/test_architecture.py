@@ -38,7 +38,7 @@ LAYERS = [
     {"_convert", "_launcher", "_parallel"},
     {""},
     {"cli._measure", "cli._report", "cli._network"},
-    {"cli._job"},
+    {"cli._job", "cli._training"},
     {"cli._bench", "cli._installation", "cli._cluster", "cli._comparison"},
     {"cli._doctor", "cli._model"},
     {"cli._verify"},

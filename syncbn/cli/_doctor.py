@@ -111,7 +111,7 @@ def _installation_text(found: Sequence[Part]) -> str:
 
 
 def _cluster_text(report: Report) -> str:
-    names = ["rank", "host", "device", "interface", "address", "threads", "python", "torch", "syncbn"]
+    names = ["rank", "host", "device", "interface", "address", "threads", "kernels", "python", "torch", "syncbn"]
     ranks = [[str(getattr(rank, name)) or "-" for name in names] for rank in report.ranks]
     hosts = plural(len(by_host(report.ranks)), "host")
     return "\n".join(

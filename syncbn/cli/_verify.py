@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncbn import SyncBatchNorm
+from syncbn._compiled import native
 from syncbn._launcher import Launch, detect
 from syncbn.comm import Communicator
 from syncbn.errors import LaunchError, SyncBatchNormError
-from syncbn.kernels import kernels_for
 
 from ._comparison import Row, error_of, over_ranks
 from ._job import Deadline, end, join, plural, table
@@ -213,7 +213,8 @@ def _step(layer: Any, x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, comm: 
 
 
 def _print(rows: Sequence[Row], arguments: argparse.Namespace, launch: Launch, comm: Communicator, device: str) -> None:
-    path = "compiled kernels" if kernels_for(torch.zeros(1, 1, device=device)) else "composed path"
+    composed = os.environ.get("SYNCBN_KERNELS") == "composed" or (device == "cpu" and native is None)
+    path = "composed path" if composed else "compiled kernels"
     world = {"launcher": launch.launcher, "ranks": comm.size, "world": type(comm).__name__, "device": device}
     if arguments.json:
         print(
