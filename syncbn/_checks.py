@@ -74,12 +74,13 @@ def is_traced(tensor: Tensor) -> bool:
 def refuse_transforms(input: Tensor) -> None:
     """Raise InputError under the transforms that batch norm over replicas has no rule for."""
     for interpreter in torch._C._functorch.get_interpreter_stack() or ():
-        if interpreter.key() in (_Transform.Vmap, _Transform.Jvp):
+        transform = interpreter.key()
+        if transform in (_Transform.Vmap, _Transform.Jvp):
             raise InputError(
-                f"SyncBatchNorm cannot be used under torch.func.{interpreter.key().name.lower()}: use torch.func.grad or "
-                "vjp, or revert_sync_batchnorm(model) first"
+                f"SyncBatchNorm cannot be used under torch.func.{transform.name.lower()}: use torch.func.grad or vjp, or "
+                "revert_sync_batchnorm(model) first"
             )
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(input).tangent is not None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(input).tangent is not None:  # type: ignore[no-untyped-call]
         raise InputError("SyncBatchNorm has no forward mode derivative: use backward, or revert_sync_batchnorm(model)")
 
 

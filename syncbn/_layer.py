@@ -38,7 +38,7 @@ class Synchronised(_BatchNorm):
         """Normalise `input` (N, C, *)."""
         if isinstance(input, Proxy):  # torch.fx: the layer is a leaf, as those of torch.nn are
             path = input.tracer.path_of_module(self)
-            return input.tracer.create_proxy("call_module", path, (input,), {})  # type: ignore[return-value]
+            return input.tracer.create_proxy("call_module", path, (input,), {})
         self._check_input_dim(input)
         weight, bias = self.weight, self.bias
         tracked = not self.training or self.track_running_stats  # the condition of nn.BatchNorm
@@ -86,7 +86,7 @@ def _is_exported() -> bool:
     return torch.compiler.is_exporting() or (traced and torch.onnx.is_in_onnx_export())
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_alone(group: str) -> bool:
     return communicator(group).size == 1
 

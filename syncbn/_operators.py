@@ -18,7 +18,7 @@ from ._recomputation import is_repeatable
 from ._statistics import Running, update_running
 from .comm._groups import communicator
 
-_library = torch.library.Library("syncbn", "DEF")
+_library: Any = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? batches, float eps, "
     "bool repeatable, str group) -> (Tensor, Tensor, Tensor)",

@@ -46,7 +46,7 @@ def once(total: Tensor, running: Running, *, repeatable: bool) -> Tensor:
     buffer = next((buffer for buffer in (running.mean, running.var, running.batches) if buffer is not None), None)
     if buffer is None:
         return total
-    forwards = _moved.setdefault(buffer, deque(maxlen=_FORWARDS))
+    forwards = _moved.setdefault(buffer, deque(maxlen=_FORWARDS))  # type: ignore[no-untyped-call]
     sums = total[-_NUMBERS:].clone()
     if _in_backward() and forwards:
         known = torch.stack(tuple(forwards))

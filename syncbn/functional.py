@@ -93,7 +93,7 @@ def train(
     """Normalise with the statistics of all replicas of the group whose key is `group`; move the `running` ones."""
     tensors = (input, weight, bias)
     if has_torch_function(tensors):  # subclasses and modes decide, as for a function of torch's own
-        return handle_torch_function(train, tensors, input, weight, bias, running, eps, group)  # type: ignore[no-any-return, no-untyped-call]
+        return handle_torch_function(train, tensors, input, weight, bias, running, eps, group)
     check(input, weight, bias, running.mean, running.var)
     if is_traced(input):
         return _operators.sync_batch_norm(input, weight, bias, running, eps, group)

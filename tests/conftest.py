@@ -105,7 +105,7 @@ class GlooPool:
             pytest.fail("\n".join(failures), pytrace=False)
         return [answer for _, answer in answers]
 
-    def _answer(self, rank: int, seconds: float) -> tuple[bool, Any]:
+    def _answer(self, rank: int, seconds: float = TASK_SECONDS) -> tuple[bool, Any]:
         worker, pipe = self.workers[rank]
         if not pipe.poll(seconds):
             return False, f"no answer within {seconds} s"

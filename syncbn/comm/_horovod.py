@@ -122,6 +122,8 @@ class Horovod(BaseCommunicator):
 
 
 _all: weakref.WeakSet[Horovod] = weakref.WeakSet()
+
+
 def _rank_and_size(process_set: Any) -> tuple[int, int] | None:
     """None: it was removed, or Horovod was shut down, and started again perhaps."""
     if process_set.process_set_id is None:
