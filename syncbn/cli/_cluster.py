@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
@@ -256,7 +257,8 @@ def _within_hosts(comm: Communicator, world: Sequence[Facts], timeout: timedelta
         within = SharedMemory(comm, parts, timeout=timeout)
     except BackendError as error:  # on every rank
         return Collective(name, note=f"{error}: sockets are used instead; look at the limits of the container")
-    return _measured(name, within.all_reduce, within.rank, within.size, "cpu")
+    with contextlib.closing(within):
+        return _measured(name, within.all_reduce, within.rank, within.size, "cpu")
 
 
 def _measured(name: str, all_reduce: Callable[[Tensor], Tensor], rank: int, size: int, device: str) -> Collective:

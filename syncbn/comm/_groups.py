@@ -264,12 +264,13 @@ def _key_in_trace(spec: ProcessGroup) -> str:
     return _constant_key_of(spec)  # type: ignore[no-any-return]
 
 
-_constant_key_of = torch.compiler.assume_constant_result(_key_of)
+_constant_key_of = torch.compiler.assume_constant_result(_key_of)  # type: ignore[no-untyped-call]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _key_of_name(name: str) -> str:
-    return _key_of(dist.distributed_c10d._resolve_process_group(name))
+    torch_distributed: Any = dist.distributed_c10d
+    return _key_of(torch_distributed._resolve_process_group(name))
 
 
 _LOST, _OUTSIDE = "lost ", "outside"
