@@ -50,6 +50,7 @@ AREAS = {
     "syncbn/_composed.py": ARITHMETIC,
     "syncbn/_autograd.py": ARITHMETIC,
     "syncbn/_operators.py": "operators compile tracing transforms together autograd layer",
+    "syncbn/_plain.py": "kernels layer cuda_kernels",
     "syncbn/_checks.py": "functional layer tracing transforms extreme autograd",
     "syncbn/_recomputation.py": "recomputation autograd layer compile",
     "syncbn/functional.py": "functional layer fused collectives groups autograd extreme equivalence tracing transforms",
