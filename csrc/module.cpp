@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 void bind_kernels(nanobind::module_ &module);
+void bind_plain(nanobind::module_ &module);
 void bind_shared_memory(nanobind::module_ &module);
 
 NB_MODULE(_native, module) {
@@ -9,5 +10,6 @@ NB_MODULE(_native, module) {
     module.doc() = "CPU kernels and the shared-memory all-reduce of syncbn.";
     nanobind::set_leak_warnings(false);  // what a loss that is alive at exit still holds is no leak
     bind_kernels(module);
+    bind_plain(module);
     bind_shared_memory(module);
 }

@@ -31,4 +31,9 @@ def are_plain(tensors: Sequence[Tensor | None], device: str) -> bool:
             or t.is_neg()
         ):
             return False
+    return not_wrapped(tensors)
+
+
+def not_wrapped(tensors: Sequence[Tensor | None]) -> bool:
+    """Tell whether no transform of torch.func has wrapped one of them."""
     return not transforms_are_active() or not any(t is not None and is_wrapped(t) for t in tensors)

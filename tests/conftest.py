@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,6 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from syncbn.kernels import composed_only
+
 collect_ignore = ["jobs"]  # scripts: --doctest-modules would import, and so run, them
 ROOT = Path(__file__).parents[1]
 COLLECTIVE_SECONDS = 20  # a rank waits so long for its peers
@@ -31,17 +34,17 @@ BOTH_PATHS = {"test_equivalence", "test_extreme", "test_collectives", "test_auto
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run these modules over the compiled kernels and over the composed definition."""
     if metafunc.module.__name__.rpartition(".")[2] in BOTH_PATHS:
-        metafunc.parametrize("path", ["fused", "composed"], indirect=True)
+        metafunc.parametrize("path", ["compiled", "composed"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Force the composed path where the parameter says so; else it is what the installation offers."""
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Force the composed kernels where the parameter says so; else they are what the installation offers."""
     choice = getattr(request, "param", None)
-    if choice == "composed":
-        monkeypatch.setenv("SYNCBN_KERNELS", "composed")
-    elif choice == "fused":
+    if choice == "compiled":
         pytest.importorskip("syncbn._native", reason="syncbn was installed without its compiled kernels")
+    with composed_only() if choice == "composed" else contextlib.nullcontext():
+        yield
 
 
 def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:

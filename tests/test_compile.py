@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.comm import TorchDistributed
+from syncbn.kernels import composed_only
 
 BACKENDS = ["aot_eager", "inductor"]
 
@@ -112,12 +113,8 @@ def _mixed(rank: int, size: int) -> None:
     torch._dynamo.reset()
     net = syncbn.convert_sync_batchnorm(model())
     run = torch.compile(net, backend="aot_eager", fullgraph=True) if rank == 2 else net
-    try:
-        if rank == 1:
-            os.environ["SYNCBN_KERNELS"] = "composed"
+    with composed_only() if rank == 1 else contextlib.nullcontext():
         train_as_whole_batch(rank, size, net, run)
-    finally:
-        os.environ.pop("SYNCBN_KERNELS", None)
 
 
 def test_ranks_on_different_paths(gloo) -> None:

@@ -180,5 +180,3 @@ def test_the_domain_of_exactness(world, ratio):
     error = ((var - expected) / expected).abs().max().item()
     assert error <= 8 * 2**-53 * (1 + ratio**2)
     assert ratio < 1e6 or error > 1e-9  # so it is said, and not promised away
-
-

@@ -12,7 +12,7 @@ from torch import nn
 
 from syncbn._statistics import Running, update_running
 from syncbn.errors import InputError
-from syncbn.kernels import _composed, kernels_for
+from syncbn.kernels import _composed, _select, composed_only, kernels_for
 
 compiled = pytest.importorskip(
     "syncbn.kernels._cpu", reason="syncbn was built without its compiled kernels", exc_type=ImportError
@@ -677,6 +677,10 @@ def test_negative_views_are_read_right():
 
 def test_the_environment_forces_the_composed_kernels(monkeypatch):
     assert kernels_for(torch.ones(1)) is compiled
+    with composed_only():
+        assert kernels_for(torch.ones(1)) is _composed
+    assert kernels_for(torch.ones(1)) is compiled
+    monkeypatch.setattr(_select, "_sets", None)
     monkeypatch.setenv("SYNCBN_KERNELS", "composed")
     assert kernels_for(torch.ones(1)) is _composed
 

@@ -7,8 +7,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import syncbn
 from syncbn.comm import Communicator, SingleProcess
 from syncbn.errors import BackendError
+from syncbn.kernels import composed_only
 
 from ._measure import Variants, device, interleaved, median, paired_ratio
 from ._training import resnet
@@ -191,20 +191,8 @@ def forward_backward(module: nn.Module, x: Tensor, dy: Tensor) -> None:
 
 
 def _composed(module: nn.Module, x: Tensor, dy: Tensor) -> None:
-    with _environment("SYNCBN_KERNELS", "composed"):
+    with composed_only():
         forward_backward(module, x, dy)
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
 
 
 def _bare_collectives(comm: Communicator, channels: int) -> None:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, get_num_threads
 
 from .. import _native
-from .._plain import are_plain
+from .._plain import not_wrapped
 from .._statistics import Running, one_value
 
 
 def takes(*tensors: Tensor | None) -> bool:
     """Take plain tensors on the CPU."""
-    return are_plain(tensors, "cpu")
+    return _native.are_plain(tensors) and not_wrapped(tensors)
 
 
 def moments(x: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ class Kernels(Protocol):
     accelerator.
     """
 
+    __name__: str
+
     def takes(self, *tensors: Tensor | None) -> bool:
         """Tell whether these kernels may work on all of these tensors; None stands for one that is absent."""
 

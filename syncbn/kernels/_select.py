@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from . import _composed, _torch
 from ._protocol import Kernels
 
+log = logging.getLogger("syncbn")
+
+
+_sets: tuple[Kernels, ...] | None = None  # what comes before the composed kernels, once it is known
+
 
 def kernels_for(*tensors: Tensor | None) -> Kernels:
     """Return the kernels for all the tensors of a call: input, gradient, parameters, buffers.
 
-    They are the composed ones while torch.compile or torch.jit.trace looks on, where no native set takes every tensor,
-    and where the environment says SYNCBN_KERNELS=composed.
+    They are the composed ones where no native set takes every tensor.
     """
-    if (
-        os.environ.get("SYNCBN_KERNELS") == "composed"
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace
-    ):
-        return _composed
-    for kernels in _native_sets():
+    for kernels in _sets if _sets is not None else _choose():
         if kernels.takes(*tensors):
             return kernels
     return _composed
 
 
-@functools.cache
-def _native_sets() -> tuple[Kernels, ...]:
+@contextlib.contextmanager
+def composed_only() -> Iterator[None]:
+    """Compute as SYNCBN_KERNELS=composed does, for comparison."""
+    global _sets
+    before, _sets = _sets, ()
+    try:
+        yield
+    finally:
+        _sets = before
+
+
+def _choose() -> tuple[Kernels, ...]:
+    """Look at the environment and the installation, once."""
+    global _sets
+    _sets = () if os.environ.get("SYNCBN_KERNELS") == "composed" else _installed()
+    log.debug("kernels, in the order of choice: %s", ", ".join(kernels.__name__ for kernels in (*_sets, _composed)))
+    return _sets
+
+
+def _installed() -> tuple[Kernels, ...]:
     try:
         from . import _cpu
     except ImportError as error:  # a log record: as an exception, under python -W error, one rank would raise it alone
-        logging.getLogger("syncbn").warning(
+        log.warning(
             "syncbn was installed without its compiled CPU kernels and uses plain torch operations, several times "
             "slower: reinstall with a C++ compiler and without SYNCBN_BUILD_NATIVE=0 (%s)",
             error,
