@@ -82,8 +82,8 @@ constexpr int64_t GRAIN = 1 << 15, UNCACHED = 1 << 24;
 struct Tensors {
     int threads;
     const Values &x;
-    const void *dy;
-    void *out;
+    const void *dy = x.at;  // not read where there is none
+    void *out = x.at;       // not written where there is none
     Plan plan{x.N, x.C, x.S};
 
     int64_t size() const { return x.dtype == FLOAT64 ? 8 : x.dtype == FLOAT32 ? 4 : 2; }
@@ -175,7 +175,7 @@ void moments(int threads, nb::handle x_, nb::handle payload_) {
     const Values x("x", x_);
     double *const payload = result("payload", payload_, 2 * x.C + 1);
     const nb::gil_scoped_release release;
-    const Tensors t{threads, x, 0, 0};
+    const Tensors t{threads, x};
     t.sum(loops[x.dtype].moments, nullptr, payload);
     payload[2 * x.C] = double(x.N * x.S);
 }
@@ -196,7 +196,7 @@ double normalize(int threads, nb::handle x_, nb::handle y_, nb::handle total_, n
         double *const mean = statistics, *const invstd = mean + C;
         for (int64_t c = 0; c < C; c++) mean[c] = of.mean(c), invstd[c] = 1 / std::sqrt(of.variance(c) + eps);
         invstd[C] = of.count;
-        const Tensors t{threads, x, 0, y.at};
+        const Tensors t{threads, x, x.at, y.at};
         const auto coefficients = t.coefficients(3, [&](int64_t c, double *k, auto rounded) {
             k[PIVOT] = rounded(mean[c]);
             k[SCALE] = weight[c] * invstd[c];
@@ -216,7 +216,7 @@ void backward_sums(int threads, nb::handle dy_, nb::handle x_, nb::handle statis
     double *const t1 = result("payload", payload_, 2 * C), *const t2 = t1 + C;
     const nb::gil_scoped_release release;
     const double *const mean = statistics.begin(), *const invstd = mean + C;
-    const Tensors t{threads, x, dy.at, 0};
+    const Tensors t{threads, x, dy.at};
     const auto coefficients = t.coefficients(1, [&](int64_t c, double *k, auto) { k[PIVOT] = mean[c]; });
     t.sum(loops[x.dtype].backward_sums, coefficients.data(), t1);
     for (int64_t c = 0; c < C; c++) t2[c] = (t2[c] + (t.rounded(mean[c]) - mean[c]) * t1[c]) * invstd[c];

@@ -150,6 +150,11 @@ class Reference:
         self.dx = per_channel(scale, x) * (dy - per_channel(t1, x) - xhat * per_channel(t2, x))
 
 
+def sums_within(kernels):
+    """Units of the compute type: torch's own sums are a little less exact."""
+    return 6 if kernels is _composed else 4
+
+
 def assert_near(actual, expected, scale, ulps):
     """Equal within `ulps` units of the compute type, relative to `scale`, after rounding to the dtype of `actual`."""
     rounding = torch.finfo(actual.dtype).eps / 2 * expected.abs() if actual.dtype != torch.float64 else 0
@@ -164,7 +169,7 @@ def test_formulas(kernels, shape, dtype):
     weight, bias = random(shape[1], torch.float32, seed=2), random(shape[1], torch.float64, seed=3)
     of = Reference(x, dy, weight, bias)
     eps = COMPUTE_EPS[dtype]
-    ulps = 16 if dtype == torch.float64 else 4  # the reference is no better than what it judges
+    ulps = 16 if dtype == torch.float64 else sums_within(kernels)  # the reference is no better than what it judges
     size_of_moments = eps * torch.cat([over_channel(x.abs()), over_channel(x.double().square())])
     size_of_sums = eps * torch.cat([over_channel(dy.abs()), over_channel((dy * of.xhat).abs()) + 1])
     for layout in LAYOUTS:
@@ -234,7 +239,7 @@ def test_large_means_do_not_cancel(kernels, dtype, layout, first, shape):
     assert_near(y, of.y, COMPUTE_EPS[dtype] * of.y.abs().max(), 4)
     sums = kernels.backward_sums(dy, x, of.statistics)
     sizes = torch.cat([over_channel(dy.abs()), over_channel((dy * of.xhat).abs())])
-    assert_near(sums, of.sums, COMPUTE_EPS[dtype] * sizes, 4)
+    assert_near(sums, of.sums, COMPUTE_EPS[dtype] * sizes, sums_within(kernels))
     dx = kernels.backward_input(dy, x, of.statistics, None, of.sums)
     assert_near(dx, of.dx, COMPUTE_EPS[dtype] * (of.dx.abs().max() + of.invstd.max()), 8)
 
@@ -368,7 +373,7 @@ def test_same_bits_with_any_number_of_threads(threads, dtype, shape, layout):
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_results_too_large_for_the_caches(native, layout, threads):
-    """Stored past them, which needs aligned planes or rows: 112² float32 values are, 111·113 are not. Halves are not."""
+    """Stored past them, which needs aligned planes or rows: 112² floats are, 111·113 are not. Half of it is not."""
     threads(2)
     for shape in [(6, 64, 112, 112), (6, 64, 111, 113), (6, 63, 112, 112)]:
         x, dy = layout(torch.randn(shape)), layout(torch.randn(shape))
