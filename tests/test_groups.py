@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import warnings
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import syncbn
-from syncbn.comm import SingleProcess
-from syncbn.comm._groups import Group, consecutive, hosts, resolve
-from syncbn.errors import GroupError
+from syncbn.comm import SingleProcess, TorchDistributed
+from syncbn.comm._distributed import Pairs
+from syncbn.comm._groups import Group, communicator, consecutive, hosts, key_of, resolve
+from syncbn.comm._protocol import LostGroup
+from syncbn.errors import CollectiveError, GroupError, LaunchError
 
 
 def test_sizes_that_do_not_divide_the_world() -> None:
@@ -92,19 +99,176 @@ def test_copies_share_the_group_and_pickles_keep_what_means_the_same_elsewhere(g
     assert gloo(2, _portable)[0] == ["NoneType", "str", "str", "int", "SingleProcess", "str", "world"]
 
 
-def _made_again(rank: int, size: int) -> bool:
-    layer = syncbn.SyncBatchNorm(1)
+# ---- the registry
+
+
+def memories() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:syncbn")
+
+
+def _twice(rank: int, size: int) -> tuple[int, int, int]:
+    """What a group costs that 53 layers and 20 function calls are given: its set-up once."""
+    sums, before = [], memories()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pairs, "_sum", lambda comm, x, real=Pairs._sum: sums.append(x.numel()) or real(comm, x))
+        handle = dist.new_group()
+        layers = [syncbn.SyncBatchNorm(1, process_group=handle) for _ in range(53)]
+        for layer in layers:
+            layer(torch.randn(4, 1))
+        for _ in range(20):
+            syncbn.functional.sync_batch_norm(torch.randn(4, 1), process_group=handle)
+    return len(sums), memories() - before, len({id(layer._group.communicator()) for layer in layers})
+
+
+def test_a_handle_given_many_times_is_one_communicator(gloo) -> None:
+    assert gloo(2, _twice) == [(3, 1, 1)] * 2
+
+
+def _destroyed(rank: int, size: int, held: bool) -> str:
+    group, before = dist.new_group(), memories()
+    layer, comm = syncbn.SyncBatchNorm(1, process_group=group), resolve(group)
     layer(torch.randn(4, 1))
-    first = layer._group.communicator()
-    syncbn.comm._groups.set_world(SingleProcess())
+    assert memories() == before + 1
+    dist.destroy_process_group(group)
+    alive = weakref.ref(group)
+    group = group if held else None
+    if not held:
+        assert alive() is None  # neither layer nor registry keeps it, nor Gloo's threads and sockets
+        assert memories() == before
+        assert layer.process_group == LostGroup("ProcessGroup that was destroyed")
+        assert "destroyed" in repr(layer)
+    with pytest.raises(GroupError, match="destroyed"):
+        comm.all_reduce(torch.ones(3))
+    assert memories() == before
+    with pytest.raises(GroupError) as caught:
+        layer(torch.randn(4, 1))
+    return str(caught.value)
+
+
+def test_a_destroyed_group_is_an_error_and_leaves_nothing(gloo) -> None:
+    assert all("destroyed" in text for text in gloo(2, _destroyed, True))
+    assert all("does not exist any more" in text for text in gloo(2, _destroyed, False))
+
+
+def _keys(rank: int, size: int) -> None:
+    group = dist.new_group()
+    own = _Opaque()
+    mesh = init_device_mesh("cpu", (size,))
+    specs = [None, "world", "node", 2, group, own, syncbn.world(), mesh]
+    assert [key_of(spec) for spec in specs] == [key_of(spec) for spec in specs]
+    assert key_of(None) == key_of("world") == key_of(dist.group.WORLD) == "world"
+    assert key_of(mesh) == key_of(mesh.get_group())
+    assert key_of(group).startswith("ProcessGroup ")
+    assert len({key_of(spec) for spec in (None, "node", 2, group, own, syncbn.world())}) == 6
+    assert all(communicator(key_of(spec)) is resolve(spec) for spec in specs)
+    assert resolve(own) is own
+    assert resolve(dist.group.WORLD) is syncbn.world()
+    of_own = key_of(own)
+    del own, specs
+    with pytest.raises(GroupError, match="does not exist any more"):
+        communicator(of_own)
+    with pytest.raises(GroupError, match=r"1-D DeviceMesh, got 2 dimensions.*mesh\['name'\]"):
+        syncbn.SyncBatchNorm(1, process_group=init_device_mesh("cpu", (size, 1), mesh_dim_names=("a", "b")))
+
+
+def test_keys(gloo) -> None:
+    gloo(2, _keys)
+
+
+def _apart(rank: int, size: int) -> list[list[int]]:
+    """A backend that is not Gloo, pretended: the world's sums take a group of their own, a given group's do not."""
+    asked: list[dict[str, object]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        new_group = dist.new_group
+        patch.setattr(dist, "new_group", lambda **kwargs: asked.append(kwargs) or new_group())
+        used: list[object] = []
+        all_reduce = dist.all_reduce
+        patch.setattr(dist, "all_reduce", lambda x, group: used.append(group) or all_reduce(x, group=group))
+        by_hand, world = TorchDistributed(), TorchDistributed(own_group=True)
+        for comm in (by_hand, world, world):
+            comm._backends = {"cpu": "nccl"}
+            assert comm.all_reduce(torch.ones(3))[0] == size
+    assert asked == [{"backend": "nccl", "timeout": None}]
+    assert used[0] is dist.group.WORLD
+    assert used[1] is used[2] is not dist.group.WORLD
+    made = used[1]
+    world.close()
+    assert made not in dist.distributed_c10d._world.pg_map
+    assert dist.group.WORLD in dist.distributed_c10d._world.pg_map
+    return [dist.get_process_group_ranks(dist.group.WORLD)]
+
+
+def test_other_backends_get_a_group_of_their_own(gloo) -> None:
+    gloo(2, _apart)
+
+
+def _forked(rank: int, size: int) -> str:
+    comm, single = syncbn.world(), SingleProcess()
+    comm.all_reduce(torch.ones(3))
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of forks beside threads
+        child = os.fork()
+    if child == 0:
+        try:
+            single.all_reduce(torch.ones(3))
+            syncbn.world().all_reduce(torch.ones(3))
+        except CollectiveError as error:
+            comm.close()  # releases nothing of the parent's
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert comm.all_reduce(torch.ones(3))[0] == size
+    message = os.read(read, 10_000).decode()
+    os.close(read)
+    os.close(write)
+    return message
+
+
+def test_a_forked_child_cannot_act_for_its_parent(gloo) -> None:
+    assert all("was forked" in message for message in gloo(2, _forked))
+
+
+def _closed_world(rank: int, size: int) -> None:
+    layer = syncbn.SyncBatchNorm(1)
+    first, part = syncbn.world(), resolve(1)
+    layer(torch.randn(4, 1))
+    first.close()
+    assert dist.is_initialized()  # the user's, who made it
+    assert syncbn.world() is not first
+    layer(torch.randn(4, 1))  # goes on with the new one
+    for old in (first, part):
+        with pytest.raises(GroupError, match="closed"):
+            old.all_reduce(torch.ones(3))
+    assert resolve(1) is not part
+
+
+def test_closing_the_users_world_ends_what_is_ours(gloo) -> None:
+    gloo(2, _closed_world)
+
+
+def _other_backend(rank: int, size: int) -> None:
+    assert syncbn.init() is syncbn.init("gloo") is syncbn.world()
+    for backend in ("mpi", "horovod", "nccl"):
+        with pytest.raises(LaunchError, match=rf"init\('{backend}'\), but .* in a world of gloo already"):
+            syncbn.init(backend)
+
+
+def test_init_refuses_another_backend_than_the_worlds(gloo) -> None:
+    gloo(2, _other_backend)
+
+
+def _other_device(rank: int, size: int) -> float:
+    torch.set_default_device("meta")
     try:
-        return layer._group.communicator() is not first
+        comm = TorchDistributed(dist.new_group())
+        return comm.all_reduce(torch.ones(3, device="cpu"))[0].item() + resolve(1).size
     finally:
-        syncbn.comm._groups.set_world(None)
+        torch.set_default_device(None)
 
 
-def test_a_new_world_is_noticed(gloo) -> None:
-    assert gloo(2, _made_again) == [True, True]
+def test_the_default_device_does_not_matter(gloo) -> None:
+    assert gloo(2, _other_device) == [3, 3]
 
 
 def test_a_lost_group_stays_lost() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import socket
 import sys
 
 import pytest
-from conftest import run_job
+from conftest import run_job, start_job
 
 import syncbn
 from syncbn._launcher import Launch, _default_backend, _first_host, _meeting_point, detect
@@ -242,21 +243,81 @@ def test_a_backend_by_name_makes_a_world_of_one(tmp_path) -> None:
     assert "TorchDistributed 0 1 True" in job.stdout
 
 
+@pytest.mark.launcher
+@pytest.mark.timeout(100)
+def test_worlds_come_and_go(launch, tmp_path) -> None:
+    """Made by init, ended by `close` or the user, made again: sums and layers follow, and nothing is left behind."""
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if launch.launcher == "mpirun" else {}
+    job = launch(3, "tests/jobs/worlds_job.py", 6, tmp_path / "meet", seconds=90, env=env)
+    assert job.returncode == 0, job.stdout
+    left = re.findall(r"rank \d of 3: after 2: (.*); after 6: (.*)", job.stdout)
+    assert len(left) == 3, job.stdout
+    assert all(first == last for first, last in left), left
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.timeout(90)
+def test_worlds_come_and_go_with_torchruns_own_store() -> None:
+    """Where torchrun's agents serve the store, the keys of the world before are still in it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    job = run_job([*torchrun, "--nproc-per-node=2", "tests/jobs/worlds_job.py", "3", "/dev/null"], seconds=80, env=LO)
+    assert "rank 0 of 2: after 2" in job.stdout, job.stdout
+
+
+LO = {"GLOO_SOCKET_IFNAME": "lo"}
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(60)
+def test_ddp_with_a_branch_that_one_rank_does_not_use() -> None:
+    """DDP's buckets and the layers' sums meet in another order there, and so must not share a channel."""
+    torchrun = ["bash", "launch/torchrun.sh", "--procs-per-node", "2", "--", "tests/jobs/unused_branch_job.py"]
+    job = run_job(torchrun, seconds=50, env={"SYNCBN_SHARED_MEMORY": "0"})
+    assert job.returncode == 0, job.stdout
+    assert job.stdout.count("trained over gloo") == 2
+
+
+QUIET = """
+import sys, torch, torch.distributed as dist, syncbn
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+group = dist.new_group()
+layer = syncbn.SyncBatchNorm(2, process_group=group)
+loss = layer(torch.randn(4, 2, requires_grad=True)).sum()  # alive at exit
+if sys.argv[3] == "destroyed":
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("end", ["destroyed", "alive"])
+def test_a_loss_that_is_alive_at_exit_is_quiet(tmp_path, end: str) -> None:
+    command = [sys.executable, "-c", QUIET]
+    jobs = [start_job([*command, str(rank), str(tmp_path / "meet"), end], env=LO) for rank in range(2)]
+    for job in jobs:
+        output, _ = job.communicate(timeout=50)
+        assert (job.returncode, output) == (0, "")
+
+
 @pytest.mark.timeout(60)
 def test_no_thread_of_gloo_outlives_the_process_group(tmp_path) -> None:
     """One that waits for the interpreter while that ends aborts the process: 2 of 60 jobs did."""
     job = tmp_path / "job.py"
     job.write_text(
         "import atexit, os, syncbn, torch\n"
+        "torch.set_num_threads(1)\n"
         "def threads():\n"
-        "    return [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')]\n"
-        "def gloo():\n"
-        "    return sum('gloo' in name for name in threads())\n"
-        "atexit.register(lambda: print('at exit:', gloo()))\n"  # runs after what init registers
+        "    return len(os.listdir('/proc/self/task'))\n"  # not by name, which a new thread gives itself some time later
+        "before = threads()\n"
+        "atexit.register(lambda: print('at exit:', threads() - before))\n"  # runs after what init registers
         "comm = syncbn.init('gloo')\n"
         "layer = syncbn.SyncBatchNorm(2)\n"
         "layer(torch.randn(4, 2))\n"
-        "print('running:', gloo() > 0)\n"
+        "print('running:', threads() - before > 0)\n"
     )
     done = run_job([sys.executable, str(job)], seconds=50)
     assert done.returncode == 0, done.stdout

@@ -1,6 +1,7 @@
 """Started by torchrun, mpirun or horovodrun: makes and ends worlds. Prints what is left after the 2nd and the last.
 
-Arguments: CYCLES.
+Arguments: CYCLES FILE. Under mpirun with MASTER_ADDR and MASTER_PORT the worlds are Gloo's and MPI's in turn; under torchrun
+the user makes a smaller one too, which meets in FILE.
 """
 
 import gc
@@ -13,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 import syncbn
+from syncbn._launcher import detect
 from syncbn.comm._groups import resolve
 from syncbn.errors import GroupError
 
 cycles = int(sys.argv[1])
-dist_is_below = "TORCHELASTIC_RUN_ID" in os.environ
+launcher = detect(os.environ).launcher
 rank = None
 
 
@@ -40,14 +42,15 @@ def total(comm: syncbn.comm.Communicator) -> float:
 layer = syncbn.SyncBatchNorm(2)
 after = {}
 for cycle in range(cycles):
-    comm = syncbn.init(timeout=timedelta(seconds=30))
+    backend = ("gloo", "mpi")[cycle % 2] if launcher == "mpirun" else None
+    comm = syncbn.init(backend, timeout=timedelta(seconds=30))
     rank, size = comm.rank, comm.size
     parts = [resolve("node"), resolve(1)]
     assert total(comm) == size
     assert total(resolve("node")) == size
     layer(torch.randn(4, 2))
-    held, by_user = [], cycle % 2 == 1 and dist_is_below
-    if dist_is_below:
+    held, by_user = [], cycle % 4 == 2 and launcher != "horovodrun"
+    if dist.is_initialized():
         group = dist.new_group()
         held = [resolve(group)]
         assert total(held[0]) == size
@@ -64,4 +67,10 @@ for cycle in range(cycles):
         raise AssertionError(f"{old} outlived its world")
     comm = parts = held = old = group = None
     after[cycle] = left()
+if launcher == "torchrun" and rank < size - 1:
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=size - 1)
+    layer(torch.randn(4, 2))
+    assert total(syncbn.world()) == total(layer._group.communicator()) == size - 1
+    dist.destroy_process_group()
+assert total(syncbn.init()) == size
 sys.stdout.write(f"rank {rank} of {size}: after 2: {after[1]}; after {cycles}: {after[cycles - 1]}\n")
