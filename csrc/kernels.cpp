@@ -1,5 +1,5 @@
 // The four kernels: coefficients per channel, partition over threads, choice of instruction set. The work on values is
-// in loops.cpp. Arguments are raw addresses that the caller has checked: see syncbn/kernels/_cpu.py.
+// in loops.cpp.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "loops.h"
-
-namespace nb = nanobind;
+#include "running.h"
+#include "tensors.h"
 
 namespace {
 
@@ -80,18 +80,20 @@ struct Plan {
 constexpr int64_t GRAIN = 1 << 15, UNCACHED = 1 << 24;
 
 struct Tensors {
-    int dtype, threads;
-    Plan plan;
-    uintptr_t x, dy, out;
+    int threads;
+    const Values &x;
+    const void *dy = x.at;  // not read where there is none
+    void *out = x.at;       // not written where there is none
+    Plan plan{x.N, x.C, x.S};
 
-    int64_t size() const { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
+    int64_t size() const { return x.dtype == FLOAT64 ? 8 : x.dtype == FLOAT32 ? 4 : 2; }
 
     // The work on units [begin, end) of a view.
     Job job(const View &view, const void *coefficients, double *sums, int64_t begin, int64_t end) const {
         const int64_t offset = view.offset * size();
-        const bool aligned = (out + offset) % LARGEST_VECTOR == 0 && view.run() * size() % LARGEST_VECTOR == 0;
+        const bool aligned = ((uintptr_t)out + offset) % LARGEST_VECTOR == 0 && view.run() * size() % LARGEST_VECTOR == 0;
         const bool streaming = aligned && view.values() * size() >= UNCACHED;
-        return {(const void *)(x + offset), (const void *)(dy + offset), (void *)(out + offset), coefficients, sums,
+        return {(const char *)x.at + offset, (const char *)dy + offset, (char *)out + offset, coefficients, sums,
                 plan.stride, view.columns, view.inner, begin, end, streaming};
     }
 
@@ -130,6 +132,10 @@ struct Tensors {
                 for (int64_t first = 0; first < view.columns; first += period)
                     for (int64_t c = 0; c < plan.channels; c++) {
                         const double *column = sums.data() + which * stride + first + c * plan.spread;
+                        if (plan.spread == 1) {
+                            to[which * plan.channels + c] += *column;
+                            continue;
+                        }
                         double sum = 0;
 #pragma omp simd reduction(+ : sum)
                         for (int64_t s = 0; s < plan.spread; s++) sum += column[s];
@@ -138,98 +144,117 @@ struct Tensors {
         }
     }
 
-    double rounded(double value) const { return dtype == FLOAT64 ? value : float(value); }
+    double rounded(double value) const { return x.dtype == FLOAT64 ? value : float(value); }
 
-    // Arrays of coefficients in the compute type, one value per column: of(c, values) sets those of channel c.
+    // Arrays of coefficients in the compute type, one value per column: of(c, values, rounded) sets those of channel c.
     template <class Of>
     std::vector<char> coefficients(int kinds, Of of) const {
-        return dtype == FLOAT64 ? coefficients_in<double>(kinds, of) : coefficients_in<float>(kinds, of);
+        return x.dtype == FLOAT64 ? coefficients_in<double>(kinds, of) : coefficients_in<float>(kinds, of);
     }
 
     template <class A, class Of>
     std::vector<char> coefficients_in(int kinds, Of of) const {
         std::vector<char> bytes(kinds * plan.stride * sizeof(A));
         A *arrays = (A *)bytes.data();
-        const int64_t period = plan.channels * plan.spread;
-        for (int64_t c = 0; c < plan.channels && plan.stride; c++) {
+        const auto rounded = [](double value) { return double(A(value)); };
+        const int64_t C = plan.stride ? plan.channels : 0, spread = plan.spread, stride = plan.stride;
+        for (int64_t c = 0; c < C; c++) {
             double values[COEFFICIENTS];
-            of(c, values);
-            for (int k = 0; k < kinds; k++)
-                std::fill_n(arrays + k * plan.stride + c * plan.spread, plan.spread, A(values[k]));
+            of(c, values, rounded);
+            for (int k = 0; k < kinds; k++) arrays[k * stride + c] = A(values[k]);
         }
-        for (int k = 0; k < kinds; k++, arrays += plan.stride)
-            for (int64_t j = period; j < plan.stride; j++) arrays[j] = arrays[j - period];
+        for (int k = 0; k < kinds; k++, arrays += stride) {
+            for (int64_t c = C; spread > 1 && c-- > 0;) std::fill_n(arrays + c * spread, spread, arrays[c]);
+            for (int64_t j = C * spread; j < stride; j++) arrays[j] = arrays[j - C * spread];
+        }
         return bytes;
     }
 };
 
-// weight or bias: an address and float32 or float64, or no address.
-double parameter(uintptr_t at, int dtype, int64_t c, double absent) {
-    if (!at) return absent;
-    return dtype == FLOAT64 ? ((const double *)at)[c] : ((const float *)at)[c];
+void moments(int threads, nb::handle x_, nb::handle payload_) {
+    const Values x("x", x_);
+    double *const payload = result("payload", payload_, 2 * x.C + 1);
+    const nb::gil_scoped_release release;
+    const Tensors t{threads, x};
+    t.sum(loops[x.dtype].moments, nullptr, payload);
+    payload[2 * x.C] = double(x.N * x.S);
 }
 
-void moments(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t x, uintptr_t sums) {
-    const Tensors t{dtype, threads, Plan(N, C, S), x, 0, 0};
-    t.sum(loops[dtype].moments, nullptr, (double *)sums);
-    ((double *)sums)[2 * C] = double(N * S);
+// statistics: [mean, 1/√(σ²+ε), N], (2C+1,). y = scale·(x - p) + shift with p next to the mean: nothing cancels.
+// Returns N; where that is 1, nothing is written.
+double normalize(int threads, nb::handle x_, nb::handle y_, nb::handle total_, nb::handle statistics_,
+                 nb::handle weight_, nb::handle bias_, double eps, nb::handle running_) {
+    const Values x("x", x_), y("y", y_, x);
+    const int64_t C = x.C;
+    const Vector total("total", total_, 2 * C + 1), weight("weight", weight_, C, 1), bias("bias", bias_, C, 0);
+    double *const statistics = result("statistics", statistics_, 2 * C + 1);
+    Running running(running_, C);
+    const Moments of(total.begin(), C);
+    if (of.count == 1) return 1;
+    {
+        const nb::gil_scoped_release release;
+        double *const mean = statistics, *const invstd = mean + C;
+        for (int64_t c = 0; c < C; c++) mean[c] = of.mean(c), invstd[c] = 1 / std::sqrt(of.variance(c) + eps);
+        invstd[C] = of.count;
+        const Tensors t{threads, x, x.at, y.at};
+        const auto coefficients = t.coefficients(3, [&](int64_t c, double *k, auto rounded) {
+            k[PIVOT] = rounded(mean[c]);
+            k[SCALE] = weight[c] * invstd[c];
+            k[SHIFT] = (k[PIVOT] - mean[c]) * k[SCALE] + bias[c];
+        });
+        t.elementwise(loops[x.dtype].normalize, coefficients.data());
+        running.move(of, C);
+    }
+    running.finish();
+    return of.count;
 }
 
-// [mean, 1/√(σ²+ε), N], (2C+1,).
-struct Statistics {
-    const double *mean, *invstd, *count;
-    Statistics(uintptr_t at, int64_t C) : mean((const double *)at), invstd(mean + C), count(invstd + C) {}
-};
-
-// y = scale·(x - p) + shift with p next to the mean: nothing cancels.
-void normalize(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t x, uintptr_t y, uintptr_t statistics,
-               uintptr_t weight, int weight_dtype, uintptr_t bias, int bias_dtype) {
-    const Tensors t{dtype, threads, Plan(N, C, S), x, 0, y};
-    const Statistics of(statistics, C);
-    const auto coefficients = t.coefficients(3, [&](int64_t c, double *k) {
-        k[PIVOT] = t.rounded(of.mean[c]);
-        k[SCALE] = parameter(weight, weight_dtype, c, 1) * of.invstd[c];
-        k[SHIFT] = (k[PIVOT] - of.mean[c]) * k[SCALE] + parameter(bias, bias_dtype, c, 0);
-    });
-    t.elementwise(loops[dtype].normalize, coefficients.data());
-}
-
-void backward_sums(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t dy, uintptr_t x,
-                   uintptr_t statistics, uintptr_t sums) {
-    const Tensors t{dtype, threads, Plan(N, C, S), x, dy, 0};
-    const Statistics of(statistics, C);
-    const auto coefficients = t.coefficients(1, [&](int64_t c, double *k) { k[PIVOT] = of.mean[c]; });
-    double *t1 = (double *)sums, *t2 = t1 + C;
-    t.sum(loops[dtype].backward_sums, coefficients.data(), t1);
-    for (int64_t c = 0; c < C; c++) t2[c] = (t2[c] + (t.rounded(of.mean[c]) - of.mean[c]) * t1[c]) * of.invstd[c];
+void backward_sums(int threads, nb::handle dy_, nb::handle x_, nb::handle statistics_, nb::handle payload_) {
+    const Values x("x", x_), dy("dy", dy_, x);
+    const int64_t C = x.C;
+    const Vector statistics("statistics", statistics_, 2 * C + 1);
+    double *const t1 = result("payload", payload_, 2 * C), *const t2 = t1 + C;
+    const nb::gil_scoped_release release;
+    const double *const mean = statistics.begin(), *const invstd = mean + C;
+    const Tensors t{threads, x, dy.at};
+    const auto coefficients = t.coefficients(1, [&](int64_t c, double *k, auto) { k[PIVOT] = mean[c]; });
+    t.sum(loops[x.dtype].backward_sums, coefficients.data(), t1);
+    for (int64_t c = 0; c < C; c++) t2[c] = (t2[c] + (t.rounded(mean[c]) - mean[c]) * t1[c]) * invstd[c];
 }
 
 // dx = dy_scale·(dy - q) + scale·(x - p) + shift with q next to the mean of dy: nothing cancels.
-void backward_input(int dtype, int threads, int64_t N, int64_t C, int64_t S, uintptr_t dy, uintptr_t x, uintptr_t dx,
-                    uintptr_t statistics, uintptr_t weight, int weight_dtype, uintptr_t sums) {
-    const Tensors t{dtype, threads, Plan(N, C, S), x, dy, dx};
-    const Statistics of(statistics, C);
-    const double *t1 = (const double *)sums, *t2 = t1 + C;
-    const double n = *of.count;
-    const auto coefficients = t.coefficients(5, [&](int64_t c, double *k) {
-        k[PIVOT] = t.rounded(of.mean[c]);
-        k[DY_PIVOT] = t.rounded(t1[c] / n);
-        k[DY_SCALE] = parameter(weight, weight_dtype, c, 1) * of.invstd[c];
-        k[SCALE] = -k[DY_SCALE] * of.invstd[c] * t2[c] / n;
-        k[SHIFT] = (k[PIVOT] - of.mean[c]) * k[SCALE] + (k[DY_PIVOT] - t1[c] / n) * k[DY_SCALE];
+void backward_input(int threads, nb::handle dy_, nb::handle x_, nb::handle dx_, nb::handle statistics_,
+                    nb::handle weight_, nb::handle sums_) {
+    const Values x("x", x_), dy("dy", dy_, x), dx("dx", dx_, x);
+    const int64_t C = x.C;
+    const Vector statistics("statistics", statistics_, 2 * C + 1), weight("weight", weight_, C, 1),
+        sums("sums", sums_, 2 * C);
+    const nb::gil_scoped_release release;
+    const double *const mean = statistics.begin(), *const invstd = mean + C;
+    const double n = invstd[C];
+    const double *const t1 = sums.begin(), *const t2 = t1 + C;
+    const Tensors t{threads, x, dy.at, dx.at};
+    const auto coefficients = t.coefficients(5, [&](int64_t c, double *k, auto rounded) {
+        k[PIVOT] = rounded(mean[c]);
+        k[DY_PIVOT] = rounded(t1[c] / n);
+        k[DY_SCALE] = weight[c] * invstd[c];
+        k[SCALE] = -k[DY_SCALE] * invstd[c] * t2[c] / n;
+        k[SHIFT] = (k[PIVOT] - mean[c]) * k[SCALE] + (k[DY_PIVOT] - t1[c] / n) * k[DY_SCALE];
     });
-    t.elementwise(loops[dtype].backward_input, coefficients.data());
+    t.elementwise(loops[x.dtype].backward_input, coefficients.data());
 }
 
 }  // namespace
 
 void bind_kernels(nb::module_ &module) {
     use_instruction_set("");
-    const auto without_gil = nb::call_guard<nb::gil_scoped_release>();
-    module.def("moments", moments, without_gil);
-    module.def("normalize", normalize, without_gil);
-    module.def("backward_sums", backward_sums, without_gil);
-    module.def("backward_input", backward_input, without_gil);
+    module.def("is_dense", [](nb::handle tensor) { return layout(tensor).has_value(); });
+    module.def("moments", moments);
+    module.def("normalize", normalize, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+               nb::arg().none(), nb::arg(), nb::arg().none());
+    module.def("backward_sums", backward_sums);
+    module.def("backward_input", backward_input, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+               nb::arg().none(), nb::arg());
     module.def("instruction_sets", instruction_sets, "Those of this processor, best first; the first is in use.");
     module.def("use_instruction_set", use_instruction_set, nb::arg("name"), "Use another one, for tests.");
 }

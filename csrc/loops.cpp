@@ -12,21 +12,31 @@ using VectorFor = Vector<Compute<T>>;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// step(i, n) for each vector of `size` values: n of them, from i on.
+// step(i, n) for each vector of `size` values: n of them, from i on. The last one takes values before it along, and so
+// does them twice, where there are enough.
 template <int W, class Step>
 inline INLINE void for_vectors(int64_t size, Step step) {
     int64_t i = 0;
     for (; i + W <= size; i += W) step(i, W);
-    if (i < size) step(i, size - i);
+    if (i == size) return;
+    if (size > W)
+        step(size - W, W);
+    else
+        step(0, size);
 }
 
 // run(R, row, stride) for R rows at a time, `stride` apart, until all of [first, first + count) had their turn. To the
 // processor rows far apart are streams of their own, and it fetches ahead; with neighbours it does not: twice the time.
+// At a multiple of a page they would fall into one set of its cache: then they lie a row closer.
 template <int R, class Run>
-inline INLINE void for_rows(int64_t first, int64_t count, Run run) {
-    const int64_t stride = count / R;
-    for (int64_t i = 0; i < stride; i++) run(std::integral_constant<int, R>(), first + i, stride);
-    if constexpr (R > 1) for_rows<R / 2>(first + stride * R, count - stride * R, run);
+inline INLINE void for_rows(int64_t first, int64_t count, int64_t row_bytes, Run run) {
+    while (count >= R) {
+        int64_t stride = count / R;
+        if (stride > 1 && stride * row_bytes % 4096 == 0) stride--;
+        for (int64_t i = 0; i < stride; i++) run(std::integral_constant<int, R>(), first + i, stride);
+        first += stride * R, count -= stride * R;
+    }
+    if constexpr (R > 1) for_rows<R / 2>(first, count, row_bytes, run);
 }
 
 // Sums lane by lane: Σx and Σx², or Σdy and Σdy·(x - p).
@@ -35,15 +45,14 @@ struct Sums {
     Double s1[PARTS<A>] = {}, s2[PARTS<A>] = {};
 };
 
-// Add the sums of R vectors of n values that lie `stride` apart. Lanes from n on add zero.
+// Add the sums of R vectors, as x(r) and dy(r) read them. Lanes without a value are zero there, and add zero.
 //
 // In the forward they are about a pivot of their own, the mean p of each lane: with d = x - p, Σx = Σd + R·p and
 // Σx² = Σd² + 2p·Σd + R·p². What is small is added in float, what is large in double.
-template <class T, bool Backward, int R>
-inline INLINE void add(Sums<Compute<T>> &sums, const T *x, const T *dy, int64_t stride, int64_t n, VectorFor<T> p) {
-    using A = Compute<T>;
+template <class A, bool Backward, int R, class X, class DY>
+inline INLINE void add(Sums<A> &sums, X x, DY dy, Vector<A> p) {
     Vector<A> d[R], s1 = {}, s2 = {};
-    for (int r = 0; r < R; r++) d[r] = read(x + r * stride, n);
+    for (int r = 0; r < R; r++) d[r] = x(r);
     if constexpr (!Backward) {
         p = Vector<A>{};
         for (int r = 0; r < R; r++) p += d[r];
@@ -52,7 +61,7 @@ inline INLINE void add(Sums<Compute<T>> &sums, const T *x, const T *dy, int64_t 
     for (int r = 0; r < R; r++) {
         d[r] -= p;
         Vector<A> u = d[r];
-        if constexpr (Backward) u = read(dy + r * stride, n);
+        if constexpr (Backward) u = dy(r);
         s1 += u;
         s2 += u * d[r];
     }
@@ -63,16 +72,22 @@ inline INLINE void add(Sums<Compute<T>> &sums, const T *x, const T *dy, int64_t 
     }
 }
 
-// The same for consecutive values.
+// The same for consecutive values, the end of a run that fills a vector.
 template <class T, bool Backward, int R>
 inline INLINE void add_run(Sums<Compute<T>> &sums, const T *x, const T *dy, int64_t size, VectorFor<T> p) {
+    using A = Compute<T>;
     constexpr int W = WIDTH<T>;
     int64_t i = 0;
-    for (; i + R * W <= size; i += R * W) add<T, Backward, R>(sums, x + i, dy + i, W, W, p);
+    for (; i + R * W <= size; i += R * W)
+        add<A, Backward, R>(
+            sums, [&](int r) INLINE { return read(x + i + r * W, W); },
+            [&](int r) INLINE { return read(dy + i + r * W, W); }, p);
     if constexpr (R > 1)
         add_run<T, Backward, R / 2>(sums, x + i, dy + i, size - i, p);
     else if (i < size)
-        add<T, Backward, 1>(sums, x + i, dy + i, W, size - i, p);
+        add<A, Backward, 1>(
+            sums, [&](int) INLINE { return last_lanes(read(x + size - W, W), size - i); },
+            [&](int) INLINE { return last_lanes(read(dy + size - W, W), size - i); }, p);
 }
 
 // The sum of the lanes, in halves.
@@ -104,7 +119,11 @@ inline INLINE void add_plane(const T *x, const T *dy, int64_t size, Compute<T> p
     constexpr int W = WIDTH<T>;
     const int64_t last = size - (R - 1) * W;  // values in the last vector
     V d[R], t1 = {}, t2 = {};
-    for (int r = 0; r < R; r++) d[r] = read(x + r * W, r + 1 < R ? W : last);
+    const auto vector = [&](const T *of, int r) INLINE {
+        if (r + 1 < R) return read(of + r * W, W);
+        return R > 1 ? last_lanes(read(of + size - W, W), last) : read(of, last);
+    };
+    for (int r = 0; r < R; r++) d[r] = vector(x, r);
     if constexpr (!Backward) {
         for (int r = 0; r < R; r++) t1 += d[r];
         p = total<A, BYTES>(t1) / size;
@@ -114,9 +133,9 @@ inline INLINE void add_plane(const T *x, const T *dy, int64_t size, Compute<T> p
         d[r] -= p;
         V u;
         if constexpr (Backward) {
-            u = read(dy + r * W, r + 1 < R ? W : last);
+            u = vector(dy, r);
         } else {
-            if (r + 1 == R && last < W) d[r] = first_lanes(d[r], last);
+            if (r + 1 == R && last < W) d[r] = R > 1 ? last_lanes(d[r], last) : first_lanes(d[r], last);
             u = d[r];
         }
         t1 += u;
@@ -129,10 +148,10 @@ inline INLINE void add_plane(const T *x, const T *dy, int64_t size, Compute<T> p
     s2 += Backward ? u2 : u2 + q * (2 * u1 + size * q);
 }
 
-// run(R) with as many vectors R as hold `size` values; false if that is more than four.
+// run(R) with as many vectors R as hold `size` values; false if that is more than eight.
 template <int W, int R = 1, class Run>
 inline INLINE bool with_vectors(int64_t size, Run run) {
-    if constexpr (R > 4) {
+    if constexpr (R > 8) {
         return false;
     } else if (size <= R * W) {
         run(std::integral_constant<int, R>());
@@ -176,17 +195,23 @@ void sums(const Job &job) {
             s2[c] += total<P>(sums.s2);
         });
     else
-        for_rows<Backward ? 4 : 8>(job.begin, job.end - job.begin, [&](auto R, int64_t row, int64_t stride) {
+        for_rows<8>(job.begin, job.end - job.begin, job.channels * sizeof(T), [&](auto R, int64_t row, int64_t stride) {
             const int64_t C = job.channels;
-            for_vectors<W>(C, [&](int64_t c, int64_t n) INLINE {
+            const T *const from = x + row * C, *const dy_from = dy + row * C;
+            const auto columns = [&](int64_t c, auto vector) INLINE {  // those of a vector, from c on
                 Sums<A> sums;
                 std::memcpy(sums.s1, s1 + c, sizeof(sums.s1));
                 std::memcpy(sums.s2, s2 + c, sizeof(sums.s2));
-                const T *from = x + row * C + c, *dy_from = dy + row * C + c;
-                add<T, Backward, R>(sums, from, dy_from, stride * C, n, Backward ? load<V>(pivot + c) : V{});
+                add<A, Backward, R>(
+                    sums, [&](int r) INLINE { return vector(from + r * stride * C); },
+                    [&](int r) INLINE { return vector(dy_from + r * stride * C); },
+                    Backward ? load<V>(pivot + c) : V{});
                 std::memcpy(s1 + c, sums.s1, sizeof(sums.s1));
                 std::memcpy(s2 + c, sums.s2, sizeof(sums.s2));
-            });
+            };
+            int64_t c = 0;
+            for (; c + W <= C; c += W) columns(c, [&](const T *row) INLINE { return read(row + c, W); });
+            if (c < C) columns(C < W ? 0 : C - W, [&](const T *row) INLINE { return read_last(row, C, C - c); });
         });
 }
 
@@ -217,7 +242,7 @@ void elementwise(const Job &job) {
             });
         });
     else
-        for_rows<4>(job.begin, job.end - job.begin, [&](auto R, int64_t row, int64_t stride) {
+        for_rows<4>(job.begin, job.end - job.begin, C * sizeof(T), [&](auto R, int64_t row, int64_t stride) {
             for_vectors<W>(C, [&](int64_t c, int64_t n) INLINE {
                 V k[KINDS];
                 for (int kind = 0; kind < KINDS; kind++) k[kind] = load<V>(at(kind, c));

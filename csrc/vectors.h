@@ -125,6 +125,18 @@ struct Element<float16> {
 #endif
 };
 
+template <int SIZE>
+using Bytes = typename VectorOf<uint8_t, SIZE>::type;
+
+// From n on: SIZE - n times 0, then ones.
+template <int SIZE>
+struct Masks {
+    uint8_t bytes[2 * SIZE] = {};
+    constexpr Masks() {
+        for (int k = SIZE; k < 2 * SIZE; k++) bytes[k] = 0xff;
+    }
+};
+
 // The first `bytes` of a vector, fewer than all, and zeros behind them.
 template <class V>
 inline INLINE V load_first(const void *from, int64_t bytes) {
@@ -142,6 +154,13 @@ inline INLINE V load_first(const void *from, int64_t bytes) {
 template <class V>
 inline INLINE V first_lanes(V v, int64_t n) {
     return load_first<V>(&v, n * sizeof(v[0]));
+}
+
+// The last `n` lanes, and zeros before them.
+template <class V>
+inline INLINE V last_lanes(V v, int64_t n) {
+    static constexpr Masks<sizeof(V)> masks{};
+    return bit_cast<V>(bit_cast<Bytes<sizeof(V)>>(v) & load<Bytes<sizeof(V)>>(masks.bytes + n * sizeof(v[0])));
 }
 
 template <class V>
@@ -189,6 +208,14 @@ inline INLINE Vector<Compute<T>> read(const T *from, int64_t n) {
     using Stored = typename Element<T>::Stored;
     __builtin_prefetch((const char *)from + AHEAD);
     return Element<T>::widen(n == WIDTH<T> ? load<Stored>(from) : load_first<Stored>(from, n * sizeof(T)));
+}
+
+// A vector of the last `n` values of a run of `size`, zeros beside them: the last lanes where the run fills a vector, else
+// the first.
+template <class T>
+inline INLINE Vector<Compute<T>> read_last(const T *run, int64_t size, int64_t n) {
+    if (size < WIDTH<T>) return read(run + size - n, n);
+    return last_lanes(read(run + size - WIDTH<T>, WIDTH<T>), n);
 }
 
 // The first `n` values of `v`.

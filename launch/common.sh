@@ -3,6 +3,10 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# The project's environment, as launch/setup.sh makes it; a relative path is one from the repository root.
+environment=${SYNCBN_VENV:-.venv-syncbn}
+[[ $environment == /* ]] || environment=$root/$environment
+
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 
 die() {
@@ -21,10 +25,10 @@ usage_error() {
 # The path of a program, or an error with the remedy:  tool NAME REMEDY ...
 tool() { command -v "$1" || die "$1 not found: ${*:2}"; }
 
-# The project's own .venv comes before whatever environment is active.
+# The project's own environment comes before whatever other is active.
 use_environment() {
-  if [[ -x $root/.venv/bin/python ]]; then
-    export VIRTUAL_ENV=$root/.venv PATH=$root/.venv/bin:$PATH
+  if [[ -x $environment/bin/python ]]; then
+    export VIRTUAL_ENV=$environment PATH=$environment/bin:$PATH
   fi
 }
 
@@ -40,8 +44,9 @@ print_launcher_help() {
   --help              this text
   -- SCRIPT ...       a Python script, or -m MODULE, and its arguments
 
-Uses .venv in the repository root if it is there (launch/setup.sh makes it), else the active environment; it and the
-script have the same path on every host. Each rank gets OMP_NUM_THREADS = cores / ranks of its host, unless that is set.
+Uses .venv-syncbn in the repository root, or what SYNCBN_VENV names, if it is there (launch/setup.sh makes it), else the
+active environment; it and the script have the same path on every host. Each rank gets OMP_NUM_THREADS = cores / ranks of
+its host, unless that is set.
 A rank that fails ends the whole job, and the exit status is then not 0.
 END
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: launch/demo.sh [--steps N]
 #
-# Sets up .venv, then trains the digit detector three ways from the same seed: one process with the whole batch of 8;
-# 4 processes with 2 images each and local batch norm; the same with synchronised batch norm. Prints a table that
+# Sets up .venv-syncbn, then trains the digit detector three ways from the same seed: one process with the whole batch of
+# 8; 4 processes with 2 images each and local batch norm; the same with synchronised batch norm. Prints a table that
 # compares them and leaves it, with pictures of the curves and of detections, in runs/demo. What was there is removed.
 #
 # Options:

@@ -2,7 +2,7 @@
 # Usage: launch/install_horovod.sh
 #
 # Builds the pinned release of Horovod against the installed PyTorch, into the active virtual environment or, if none is
-# active, the project's .venv. It is built with its Gloo controller, for PyTorch only, and with one line changed: see
+# active, the project's. It is built with its Gloo controller, for PyTorch only, and with one line changed: see
 # below. Takes about five minutes on two cores and needs a C++ compiler and make, or seconds if the wheel of an earlier
 # build is in ~/.cache/syncbn. Does nothing if that build is there already.
 set -euo pipefail
@@ -15,7 +15,7 @@ case ${1-} in
 esac
 
 [[ -n ${VIRTUAL_ENV-} ]] || use_environment
-[[ -n ${VIRTUAL_ENV-}${CONDA_PREFIX-} ]] || die "no active virtual environment and no .venv: run launch/setup.sh"
+[[ -n ${VIRTUAL_ENV-}${CONDA_PREFIX-} ]] || die "no active virtual environment and no $environment: run launch/setup.sh"
 python=$(tool python3 "the active environment has no Python")
 
 torch_version=$("$python" -c 'import torch; print(torch.__version__)' 2>/dev/null) ||

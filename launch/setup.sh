@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Usage: launch/setup.sh [--dev]
 #
-# Makes the virtual environment .venv in the repository root, with the packages that constraints.txt pins and syncbn
-# itself, editable, for the examples, torchrun and mpirun. (Horovod: launch/install_horovod.sh.) Touches no other
-# environment. Does nothing if .venv is complete.
+# Makes the virtual environment .venv-syncbn in the repository root, with the packages that constraints.txt pins and
+# syncbn itself, editable, for the examples, torchrun and mpirun. (Horovod: launch/install_horovod.sh.) Does nothing if it
+# is complete, and makes it anew if an installation was broken off. Touches no other environment, nor a folder of that
+# name that it has not made itself.
 #
 # Options:
 #   --dev     also what launch/test.sh needs
 #   --help    this text
 #
 # PYTHON names the Python to use (3.10 or newer); else the first good one of python3, python3.14, ... python3.10.
+# SYNCBN_VENV names another folder for the environment; the launch scripts look there too.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
@@ -21,7 +23,8 @@ case ${1-} in
   *) usage_error "unknown option $1" ;;
 esac
 cd "$root"
-stamp=.venv/complete
+stamp=$environment/complete
+ours=$environment/made-by-syncbn # without it, the folder is none of our business
 
 usable_python() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
@@ -38,30 +41,39 @@ find_python() {
     "on Debian and Ubuntu apt install python3-venv, or set PYTHON to the path of such a Python"
 }
 
-# What a complete .venv was made from; the path is part of it, as an environment cannot be moved.
+# An empty folder is as good as none.
+if [[ -e $environment && ! -f $ours && ! (-d $environment && ! $(ls -A "$environment")) ]]; then
+  die "$environment is there already and was not made by this script, which leaves it alone: rename or remove it, or" \
+    "set SYNCBN_VENV to another folder. To use an environment of your own: activate it, and pip install ."
+fi
+
+# What a complete environment was made from; the path is part of it, as an environment cannot be moved.
 key=$({ pwd && cat pyproject.toml constraints.txt csrc/*; } | sha256sum | cut -c1-64)
-if [[ -f $stamp ]] && .venv/bin/python -c '' 2>/dev/null; then
+if [[ -f $stamp ]] && "$environment/bin/python" -c '' 2>/dev/null; then
   read -r old_key old_extras <"$stamp"
   if [[ $old_key == "$key" && ($old_extras == "$extras" || $old_extras == dev) ]]; then
-    say ".venv is complete"
+    say "$environment is complete"
     exit
   fi
   [[ $old_extras != dev ]] || extras=dev # what was asked for once stays up to date
-  say "updating .venv"
+  say "updating $environment"
 else
   # No stamp: an installation was broken off, and pip cannot tell what is whole.
   python=$(find_python)
-  say "making .venv with $python ($("$python" --version))"
-  "$python" -m venv --clear .venv
+  say "making $environment with $python ($("$python" --version))"
+  mkdir -p "$environment"
+  touch "$ours" # first, and kept: so that what is broken off from here on is known as ours
+  find "$environment" -mindepth 1 -maxdepth 1 ! -path "$ours" -exec rm -rf {} +
+  "$python" -m venv "$environment"
 fi
 rm -f "$stamp"
 
-[[ ${SYNCBN_BUILD_NATIVE:-1} == 0 ]] || tool "${CXX:-c++}" "on Debian and Ubuntu apt install g++, set CXX to a C++ compiler," \
+[[ ${SYNCBN_BUILD_NATIVE:-1} =~ ^(0|false|off|no)$ ]] || tool "${CXX:-c++}" "on Debian and Ubuntu apt install g++, set CXX to a C++ compiler," \
   "or set SYNCBN_BUILD_NATIVE=0 to do without the compiled kernels" >/dev/null
 
 say "installing syncbn[$extras] and the packages of constraints.txt (a few minutes, most of it PyTorch)"
 # These two reach the environment of the build as well. Paths are relative: pip splits the value at spaces.
 export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+"$environment/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
 echo "$key $extras" >"$stamp"
-say "done: . .venv/bin/activate, or start jobs with launch/torchrun.sh and launch/mpirun.sh"
+say "done: . $environment/bin/activate, or start jobs with launch/torchrun.sh and launch/mpirun.sh"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: launch/test.sh [--cluster] [ARGUMENT ...]
 #
-# Everything that is checked before a commit, here and in CI: sets up .venv with the development tools and Horovod, then
-# runs ruff, mypy, shellcheck, hadolint and pytest. The arguments go to pytest: launch/test.sh -k convert
+# Everything that is checked before a commit, here and in CI: sets up .venv-syncbn with the development tools and Horovod,
+# then runs ruff, mypy, shellcheck, hadolint and pytest. The arguments go to pytest: launch/test.sh -k convert
 #
 # Options:
 #   --cluster   instead, jobs over several hosts, which are network namespaces of this one (tests/cluster). They need root,
@@ -19,7 +19,7 @@ esac
 
 cd "$root"
 launch/setup.sh --dev
-use_environment # whatever other environment is active: Horovod goes into .venv
+use_environment # whatever other environment is active: Horovod goes into the project's
 launch/install_horovod.sh
 
 check() {

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from ._layer import SyncBatchNorm
+from ._layer import SyncBatchNorm, Synchronised
 from .comm._groups import Group, ProcessGroup, check_spec
 from .errors import ConversionError
 
@@ -47,17 +47,17 @@ def convert_sync_batchnorm(module: M, process_group: ProcessGroup = None) -> M:
     """
     check_spec(process_group)
     _refuse_wrapped(module)
-    layers: list[Any] = [m for m in module.modules() if isinstance(m, _BatchNorm) and not isinstance(m, SyncBatchNorm)]
+    layers: list[Any] = [m for m in module.modules() if isinstance(m, _BatchNorm) and not isinstance(m, Synchronised)]
+    classes = [_class_for(layer) for layer in layers]  # all checks come before the first change
     # nn.SyncBatchNorm keeps its group in an attribute, which gives way to our property and comes back in revert.
     groups = [Group(layer.__dict__.get("process_group")) for layer in layers]
-    classes = [_class_for(layer) for layer in layers]  # all checks come before the first change
     for layer, cls, group in zip(layers, classes, groups, strict=True):
         layer.__dict__.pop("process_group", None)
         layer._original_group = layer._group = group
         layer.__class__ = cls
     if process_group is not None:
         for m in module.modules():
-            if isinstance(m, SyncBatchNorm):
+            if isinstance(m, Synchronised):
                 m.process_group = process_group
     return module
 
@@ -142,7 +142,7 @@ def _class_for(layer: Any) -> Any:
 
 @functools.cache
 def _synchronised(original: Any) -> Any:
-    """Return the class `Sync<Original>(SyncBatchNorm, Original)`, made once."""
+    """Return the class `Sync<Original>(Synchronised, Original)`, made once; to isinstance a SyncBatchNorm."""
     name = f"{original.__module__}.{original.__qualname__}"
     if issubclass(original, nn.modules.lazy.LazyModuleMixin):
         raise ConversionError(f"{name} has no shape yet: run one batch through the model first, then convert")
@@ -159,6 +159,11 @@ def _synchronised(original: Any) -> Any:
         "_original_class": original,
         "_check_input_dim": original._check_input_dim,
     }
-    if original is nn.SyncBatchNorm:  # not a base: DDP refuses CPU modules that contain one
-        return type("SyncBatchNorm", (_Converted, SyncBatchNorm), namespace)
-    return type(f"Sync{original.__name__}", (_Converted, SyncBatchNorm, original), namespace)
+    if original is nn.SyncBatchNorm:  # not a base: DDP refuses CPU modules that contain one; filters look for the other
+        name, base = "SyncBatchNorm", nn.BatchNorm2d
+    else:
+        name, base = f"Sync{original.__name__}", original
+    return SyncBatchNorm.register(type(name, (_Converted, Synchronised, base), namespace))
+
+
+SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)

@@ -1,18 +1,97 @@
-"""The layer: state, and one call of `functional.sync_batch_norm`."""
+"""The layer: state, and one call of `functional.train` or `functional.evaluate`."""
 
 from __future__ import annotations
 
+from abc import ABCMeta
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._statistics import recomputing
-from .comm._groups import Group, ProcessGroup
-from .errors import InputError
-from .functional import sync_batch_norm
+from ._statistics import Running
+from .comm._groups import Group, ProcessGroup, communicator
+from .errors import ConversionError, InputError
+from .functional import evaluate, train
 
 
-class SyncBatchNorm(_BatchNorm):
+class Synchronised(_BatchNorm):
+    """What every layer of ours does, made or converted: a forward over all replicas, on the state of nn.BatchNorm."""
+
+    _group: Group
+
+    @property
+    def process_group(self) -> ProcessGroup:
+        """The replicas, as given."""
+        return self._group.spec
+
+    @process_group.setter
+    def process_group(self, value: ProcessGroup) -> None:
+        self._group = Group(value)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any (N, C, *): `train` checks it. A converted layer has the check of its original class here."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise `input` (N, C, *)."""
+        if isinstance(input, Proxy):  # torch.fx: the layer is a leaf, as those of torch.nn are
+            path = input.tracer.path_of_module(self)
+            return input.tracer.create_proxy("call_module", path, (input,), {})
+        self._check_input_dim(input)
+        weight, bias = self.weight, self.bias
+        tracked = not self.training or self.track_running_stats  # the condition of nn.BatchNorm
+        mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
+        if weight is None and mean is None:
+            self._check_channels(input)
+        if not self.training:
+            return evaluate(input, weight, bias, mean, var, self.eps)
+        if _is_exported():
+            return self._as_in_nn(input)
+        running = Running(mean, var, self.num_batches_tracked if tracked else None, self.momentum)
+        return train(input, weight, bias, running, self.eps, self._group.key)
+
+    def _check_channels(self, input: Tensor) -> None:
+        """Without parameters and buffers nothing else tells how many channels there should be."""
+        if torch._C._get_tracing_state() is None and input.dim() > 1 and input.shape[1] != self.num_features:
+            raise InputError(
+                f"expected {self.num_features} channels, got {input.shape[1]} in input of shape {tuple(input.shape)}"
+            )
+
+    def _as_in_nn(self, input: Tensor) -> Tensor:
+        """Do what nn.BatchNorm does in training, for exporters and for what recognises it in their graphs."""
+        if not _is_alone(self._group.key):
+            raise ConversionError(
+                "an exported program has no replicas, its statistics in training would be those of one process: "
+                "revert_sync_batchnorm(model) first if that is what you want, or export in eval mode"
+            )
+        return super().forward(input)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by torch.jit.script."""
+        raise ConversionError(
+            "torch.jit.script cannot compile a layer that communicates: revert_sync_batchnorm(model) first, or use "
+            "torch.jit.trace or torch.compile"
+        )
+
+    def extra_repr(self) -> str:
+        """Name the group where it is not the world."""
+        group = "" if self.process_group is None else f", process_group={self.process_group!r}"
+        return f"{super().extra_repr()}{group}"  # type: ignore[no-untyped-call]
+
+
+def _is_exported() -> bool:
+    traced = torch._C._get_tracing_state() is not None
+    return torch.compiler.is_exporting() or (traced and torch.onnx.is_in_onnx_export())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_alone(group: str) -> bool:
+    return communicator(group).size == 1
+
+
+class SyncBatchNorm(Synchronised, nn.BatchNorm2d, metaclass=ABCMeta):
     r"""Batch normalisation with the statistics of the whole mini-batch, however many replicas it is spread over.
 
     Formula, shapes, dtypes, errors and collectives are those of `syncbn.functional.sync_batch_norm`. Parameters,
@@ -20,6 +99,9 @@ class SyncBatchNorm(_BatchNorm):
 
     In training a forward issues one all-reduce and a backward one, so every replica of the group must run the layer,
     forward and backward, equally often. In eval it is `torch.nn.BatchNorm*` bit for bit, and needs no peer.
+
+    It is an nn.BatchNorm2d so that the filters of optimizers and trainers find it, for inputs of any number of
+    dimensions. Converted layers are instances of SyncBatchNorm, and of their own original class.
 
     Args:
         num_features: C, channels of the input (N, C, *).
@@ -44,6 +126,8 @@ class SyncBatchNorm(_BatchNorm):
         torch.Size([2, 16, 8, 8])
     """
 
+    convert_sync_batchnorm: ClassVar[Callable[..., Any]]  # syncbn.convert_sync_batchnorm, set in _convert.py
+
     def __init__(
         self,
         num_features: int,
@@ -63,56 +147,3 @@ class SyncBatchNorm(_BatchNorm):
         if not bias:
             self.register_parameter("bias", None)  # torch < 2.10 knows no bias argument
         self._group = Group(process_group)
-
-    @property
-    def process_group(self) -> ProcessGroup:
-        """The replicas, as given."""
-        return self._group.spec
-
-    @process_group.setter
-    def process_group(self, value: ProcessGroup) -> None:
-        self._group = Group(value)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Any (N, C, *): `sync_batch_norm` checks it. A converted layer has the check of its original class here."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise `input` (N, C, *)."""
-        self._check_input_dim(input)
-        self._check_channels(input)
-        tracked = not self.training or self.track_running_stats  # the condition of nn.BatchNorm
-        y = sync_batch_norm(
-            input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight,
-            self.bias,
-            self.training,
-            self._momentum(),
-            self.eps,
-            self._group.communicator() if self.training else None,
-        )
-        if self.training and tracked and self.num_batches_tracked is not None and not recomputing():
-            self.num_batches_tracked.add_(1)  # last: an error above leaves all of the state as it was
-        return y
-
-    def _check_channels(self, input: Tensor) -> None:
-        """Without parameters and buffers nothing else tells the function how many channels there should be."""
-        if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
-            return
-        if input.dim() > 1 and input.shape[1] != self.num_features:
-            raise InputError(
-                f"expected {self.num_features} channels, got {input.shape[1]} in input of shape {tuple(input.shape)}"
-            )
-
-    def _momentum(self) -> float | Tensor:
-        if self.momentum is not None:
-            return self.momentum
-        if self.num_batches_tracked is None:
-            return 0.0
-        return 1.0 / (self.num_batches_tracked + 1).double()  # a tensor: no host synchronisation
-
-    def extra_repr(self) -> str:
-        """Name the group where it is not the world."""
-        group = "" if self.process_group is None else f", process_group={self.process_group!r}"
-        return f"{super().extra_repr()}{group}"  # type: ignore[no-untyped-call]

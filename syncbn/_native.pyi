@@ -1,5 +1,9 @@
 from collections.abc import Sequence
 
+from torch import Tensor
+
+from ._statistics import Running
+
 INTERFACE: int
 
 class SharedMemory:
@@ -10,24 +14,19 @@ class SharedMemory:
     def all_reduce(self, data: int, numel: int, is_float64: bool, seconds: float) -> None: ...
     def give_up(self) -> None: ...
 
-# The CPU kernels over addresses; n, c, s is the dense tensor (N, C, S), with S = 1 for rows of channels; 0: no address.
-def moments(dtype: int, threads: int, n: int, c: int, s: int, x: int, sums: int, /) -> None: ...
+# Of CPU tensors: what syncbn/_plain.py says.
+def are_plain(tensors: tuple[Tensor | None, ...], /) -> bool: ...
+
+# The CPU kernels; results are written to the tensors y, dx, statistics and payload.
+def is_dense(tensor: Tensor, /) -> bool: ...
+def moments(threads: int, x: Tensor, payload: Tensor, /) -> None: ...
 def normalize(
-    dtype: int, threads: int, n: int, c: int, s: int, x: int, y: int, statistics: int,
-    weight: int, weight_dtype: int, bias: int, bias_dtype: int, /,
-) -> None: ...  # fmt: skip
-def backward_sums(
-    dtype: int, threads: int, n: int, c: int, s: int, dy: int, x: int, statistics: int, sums: int, /
-) -> None: ...
+    threads: int, x: Tensor, y: Tensor, total: Tensor, statistics: Tensor,
+    weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None, /,
+) -> float: ...  # fmt: skip
+def backward_sums(threads: int, dy: Tensor, x: Tensor, statistics: Tensor, payload: Tensor, /) -> None: ...
 def backward_input(
-    dtype: int, threads: int, n: int, c: int, s: int, dy: int, x: int, dx: int, statistics: int,
-    weight: int, weight_dtype: int, sums: int, /,
-) -> None: ...  # fmt: skip
+    threads: int, dy: Tensor, x: Tensor, dx: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor, /
+) -> None: ...
 def instruction_sets() -> list[str]: ...
 def use_instruction_set(name: str) -> None: ...
-
-# Between the collectives: total is [Σx, Σx², N], statistics [mean, 1/√(σ²+ε), N], (2C+1,); returns N.
-def statistics(total: int, channels: int, eps: float, statistics: int, /) -> float: ...
-def update_running(
-    total: int, channels: int, momentum: float, mean: int, mean_is_float64: int, var: int, var_is_float64: int, /
-) -> None: ...

@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._alike import check_alike, check_plain, device_of, facts_of, problem_with
+from ._buckets import buckets, flatten, from_words, parts_of, repeats, to_words, without_repeats
 from .comm import Communicator
 from .comm._groups import ProcessGroup, resolve
 from .errors import DTypeError, InputError
 
-BUCKET_BYTES = 25 * 2**20  # large enough for bandwidth, small enough not to double the memory
+BUCKET_BYTES = 25 * 2**20  # of a collective: large enough for bandwidth, small enough not to double the memory
 
 
 @torch.no_grad()
 def broadcast_parameters(module: nn.Module, *, process_group: ProcessGroup = None) -> None:
-    """Give every replica rank 0's parameters and buffers, in place.
+    """Give every replica the bits of rank 0's parameters and buffers, in place; rank 0's own are not written.
 
-    The all-reduce of rank 0's values and the others' zeros; so it is exact, and NaNs elsewhere do no harm.
+    The all-reduce of rank 0's bytes, four to a float64 number, and of the others' zeros: exact for every dtype, for
+    -0.0 and NaN. So it sends twice the bytes of the model, once, and holds 100 to 200 MB meanwhile.
 
     Args:
-        module: of the same structure on every replica.
+        module: of the same structure on every replica. Tied tensors are sent once.
         process_group: see `SyncBatchNorm`.
 
     Raises:
-        InputError: the replicas' tensors differ in number, shape or dtype (on every rank). Nothing has changed then.
-        DTypeError: a complex or sparse tensor.
+        InputError: the replicas' tensors differ in name, order, shape, dtype, kind of device or requires_grad. The
+            message names the first that does.
+        DTypeError: a tensor is not plain memory: a DTensor or another subclass, sparse, quantised, on the meta device.
+            The message names it.
 
-    Collectives: one of 2 numbers, then one for each 25 MB and dtype.
+    Either is raised on every rank, before anything has changed.
+
+    Collectives: one of 3P numbers among P replicas, one more before an InputError; then, for each dtype and device, at
+    most one for each 12.5 MB of tensors and one for the rest.
     """
     comm = resolve(process_group)
-    tensors = [*module.parameters(), *module.buffers()]
     if comm.size == 1:
         return
-    _check_alike(tensors, tensors, comm, "parameters and buffers")
-    for bucket in _buckets(tensors):
-        flat = _flatten(bucket) if comm.rank == 0 else torch.zeros_like(_flatten(bucket))
-        _unflatten(comm.all_reduce(flat), bucket)
+    named = [*module.named_parameters(), *module.named_buffers()]
+    check_alike(facts_of(named), comm, "parameters and buffers", device_of(named))
+    check_plain(named)
+    tensors = [without_repeats(tensor) for _, tensor in named]
+    for bucket in buckets(tensors, lambda tensor: tensor.dtype, BUCKET_BYTES // 2):
+        flat = flatten(bucket)
+        words = to_words(flat)
+        if comm.rank == 0:
+            comm.all_reduce(words)
+        else:
+            received = from_words(comm.all_reduce(words.zero_()), len(flat), flat.dtype)
+            for tensor, part in zip(bucket, parts_of(received, bucket), strict=True):
+                tensor.copy_(part)
 
 
 @torch.no_grad()
@@ -46,31 +62,37 @@ def average_gradients(module: nn.Module, *, process_group: ProcessGroup = None) 
     """Replace every parameter's `.grad` by its mean over the replicas, as DDP does; call it after backward.
 
     A parameter without gradient here but with one elsewhere counts as zero and gets the mean; one without gradient
-    anywhere stays without. Half and bfloat16 gradients are summed in float32.
+    anywhere stays without. Half and bfloat16 gradients are summed in float32. FSDP2 averages its gradients itself.
 
     Args:
-        module: of the same structure on every replica.
+        module: of the same structure on every replica. Tied parameters count once.
         process_group: see `SyncBatchNorm`.
 
     Raises:
-        InputError: the replicas' parameters differ in number, shape or dtype (on every rank). Nothing has changed then.
-        DTypeError: a complex or sparse gradient.
+        InputError, DTypeError: as `broadcast_parameters`, of parameters and of gradients.
 
-    Collectives: two small ones, then one for each 25 MB and dtype.
+    Collectives: one of 3P numbers among P replicas, one more before an InputError, and one of a number for each
+    parameter where not all replicas have gradients of the same; then, for each dtype (float32 and below are one) and
+    device, at most one for each 25 MB of gradients and one for the rest.
     """
     comm = resolve(process_group)
-    parameters = [p for p in module.parameters() if p.requires_grad]
     if comm.size == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    _check_alike(parameters, gradients, comm, "parameters that require grad")
-    here = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=_device_of(parameters))
-    somewhere = comm.all_reduce(here).tolist()
-    for p, count in zip(parameters, somewhere, strict=True):
-        if p.grad is None and count > 0:
-            p.grad = torch.zeros_like(p)
-    for bucket in _buckets(p.grad for p in parameters if p.grad is not None):
-        _unflatten(comm.all_reduce(_flatten(bucket)).div_(comm.size), bucket)
+    named = list(module.named_parameters())
+    trained = [(name, p) for name, p in named if p.requires_grad]
+    gradients = [(f"{name}.grad", p.grad) for name, p in trained if p.grad is not None]
+    facts = facts_of(named) + facts_of([pair for pair in gradients if problem_with(pair[1])])
+    here = [p.grad is not None for _, p in trained]
+    same_everywhere = check_alike(facts, comm, "parameters", device_of(named), also=here)
+    check_plain([*named, *gradients])
+    parameters = [p for _, p in trained]
+    if not same_everywhere:
+        _fill_in_zeros(parameters, comm, device_of(named))
+    for p in parameters:
+        if p.grad is not None and (repeats(p.grad) or p.grad.is_conj() or p.grad.is_neg()):
+            p.grad = p.grad.contiguous().resolve_conj().resolve_neg()  # memory to write to
+    for bucket in buckets([p.grad for p in parameters if p.grad is not None], _summed_in, BUCKET_BYTES):
+        _average(bucket, comm)
 
 
 def global_mean(total: Tensor, count: Tensor | float, *, process_group: ProcessGroup = None) -> Tensor:
@@ -79,17 +101,19 @@ def global_mean(total: Tensor, count: Tensor | float, *, process_group: ProcessG
     Replicas hold different numbers of terms (objects, valid pixels, samples). The mean of their means is not the mean
     of the whole batch; this is. Its value is the same on every replica. Its gradient is P/Σcount of `total`'s, so that
     the *mean* over P replicas, which DDP and `average_gradients` form, is the gradient of the whole batch's loss.
+    Everything between `total` and the result is float64: it overflows only where the result does.
 
     Args:
         total: the sum of this replica's terms, with grad; any shape, elementwise.
-        count: how many terms that is; may be 0, not everywhere.
+        count: how many terms that is, one number; may be 0, not everywhere.
         process_group: see `SyncBatchNorm`; the replicas whose gradients are averaged.
 
     Returns:
         Like `total`; zeros if there are no terms anywhere.
 
     Raises:
-        DTypeError: `total` is not floating.
+        DTypeError: `total` is not floating, or not a plain tensor (a DTensor).
+        InputError: `count` is not one number.
 
     Collectives: one of numel+1 numbers, also where gradients are off; none in backward.
 
@@ -97,73 +121,56 @@ def global_mean(total: Tensor, count: Tensor | float, *, process_group: ProcessG
         >>> import torch
         >>> loss = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
         >>> global_mean(loss.sum(), 3)
-        tensor(3., grad_fn=<AddBackward0>)
+        tensor(3., grad_fn=<_MeanBackward>)
     """
-    if not total.is_floating_point():
-        raise DTypeError(f"expected a floating-point total, got {total.dtype}")
+    if problem_with(total) or not total.is_floating_point():
+        raise DTypeError(f"expected a floating-point total, got {problem_with(total) or total.dtype}")
+    terms = _one_number(count, total.device)
     comm = resolve(process_group)
-    here = torch.cat([total.detach().double().flatten(), _as_vector(count, total.device)])
-    sums = comm.all_reduce(here)
-    terms = torch.where(sums[-1] > 0, sums[-1], 1.0)
-    mean = (sums[:-1] / terms).view(total.shape).to(total.dtype)
-    share = total * (comm.size / terms).to(total.dtype)
-    return mean + (share - share.detach())  # the value is mean's, to the bit; the gradient is share's
+    sums = comm.all_reduce(torch.cat([total.detach().double().flatten(), terms]))
+    terms = torch.where(sums[-1] == 0, 1.0, sums[-1])
+    mean: Tensor = _Mean.apply(total, (sums[:-1] / terms).view(total.shape), comm.size / terms)  # type: ignore[no-untyped-call]
+    return mean
 
 
-def _as_vector(number: Tensor | float, device: torch.device) -> Tensor:
-    return torch.as_tensor(number, dtype=torch.float64, device=device).detach().reshape(1)
+class _Mean(torch.autograd.Function):
+    """Has the value of `mean`, to the bit and also if it is infinite, and `slope` as its gradient in `total`."""
+
+    @staticmethod
+    def forward(total: Tensor, mean: Tensor, slope: Tensor) -> Tensor:
+        return mean.to(total.dtype, copy=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return (grad.double() * slope).to(grad.dtype), None, None
 
 
-def _device_of(tensors: Sequence[Tensor]) -> torch.device:
-    return tensors[0].device if tensors else torch.device("cpu")
+def _one_number(count: Tensor | float, device: torch.device) -> Tensor:
+    number = torch.as_tensor(count, dtype=torch.float64, device=device).detach()
+    if number.numel() != 1:
+        raise InputError(f"expected one number as count, got shape {tuple(number.shape)}: pass count.sum()")
+    return number.reshape(1)
 
 
-def _check_alike(tensors: Sequence[Tensor], sent: Sequence[Tensor], comm: Communicator, what: str) -> None:
-    """Compare the replicas' shapes and dtypes, so that a difference is an error on all and not garbage or a hang.
-
-    Whether what will be `sent` can be (dense, real) is compared too: no replica may raise alone.
-
-    All numbers h_r are equal if and only if (Σh)² = P·Σh². With h < 2²⁰ float64 holds the sums
-    exactly up to 2¹³ replicas.
-    """
-    unfit = [t for t in sent if t.is_complex() or t.layout != torch.strided]
-    signature = str([(tuple(t.shape), t.dtype) for t in tensors] + [bool(unfit)])
-    h = zlib.crc32(signature.encode()) >> 12
-    s1, s2 = comm.all_reduce(torch.tensor([h, h * h], dtype=torch.float64, device=_device_of(tensors))).tolist()
-    if int(s1) ** 2 != comm.size * int(s2):
-        raise InputError(
-            f"the replicas' {what} differ in number, shape, dtype or layout; rank {comm.rank} has {len(tensors)} of "
-            f"{sum(t.numel() for t in tensors)} elements: build the same model on every rank"
-        )
-    if unfit:
-        raise DTypeError(f"expected dense real tensors, got {unfit[0].dtype} in layout {unfit[0].layout}")
+def _fill_in_zeros(parameters: Sequence[Tensor], comm: Communicator, device: torch.device) -> None:
+    """Give a zero gradient to every parameter that has one on another replica only."""
+    here = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=device)
+    for p, count in zip(parameters, comm.all_reduce(here).tolist(), strict=True):
+        if p.grad is None and count > 0:
+            p.grad = torch.zeros_like(p)
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Group tensors of one wire dtype and device, 25 MB at a time, in an order that every replica shares."""
-    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        by_kind.setdefault((_wire_dtype(tensor), tensor.device), []).append(tensor)
-    for (dtype, _), kind in by_kind.items():
-        bucket: list[Tensor] = []
-        for tensor in kind:
-            bucket.append(tensor)
-            if sum(t.numel() for t in bucket) * dtype.itemsize >= BUCKET_BYTES:
-                yield bucket
-                bucket = []
-        if bucket:
-            yield bucket
+def _summed_in(gradient: Tensor) -> torch.dtype:
+    return torch.promote_types(gradient.dtype, torch.float32)
 
 
-def _wire_dtype(tensor: Tensor) -> torch.dtype:
-    """Return float32 where that is exact or the gradient's own precision; float64 also for integers (up to 2⁵³)."""
-    return torch.float32 if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float64
-
-
-def _flatten(bucket: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.reshape(-1).to(_wire_dtype(t)) for t in bucket])
-
-
-def _unflatten(flat: Tensor, bucket: Sequence[Tensor]) -> None:
-    for tensor, part in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
-        tensor.copy_(part.view(tensor.shape))
+def _average(bucket: list[Tensor], comm: Communicator) -> None:
+    flat = flatten(bucket).to(_summed_in(bucket[0]))
+    numbers = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    mean = comm.all_reduce(numbers).div_(comm.size)
+    torch._foreach_copy_(bucket, parts_of(mean.view(flat.dtype), bucket))

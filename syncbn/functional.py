@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _composed, _fused
-from ._statistics import Running, one_value, recomputing
-from .comm._groups import ProcessGroup, resolve
-from .errors import DTypeError, InputError
-from .kernels import kernels_for
+from . import _autograd, _operators
+from ._checks import check, is_traced, refuse_transforms
+from ._statistics import Running
+from .comm._groups import ProcessGroup, communicator, key_of
 
 __all__ = ["sync_batch_norm"]
 
@@ -35,6 +35,9 @@ def sync_batch_norm(
         running_mean ← (1 - momentum)·running_mean + momentum·μ
         running_var  ← (1 - momentum)·running_var  + momentum·σ²·N/(N-1)
 
+    The sums are float64, whatever the dtypes, about zero: σ² has a relative error of about 2⁻⁵³·(1 + (μ/σ)²), however
+    the batch is split: 1e-14 where the mean is ten standard deviations from zero, 1e-8 at 10⁴, 1e-4 at 10⁶.
+
     The gradient of `input` is that of the whole batch. Those of `weight` and `bias` are this replica's share: whatever
     reduces the gradients of the other parameters reduces these too.
 
@@ -43,29 +46,31 @@ def sync_batch_norm(
 
     Args:
         input: (N, C, *), any floating dtype; N, or a dimension of *, may be 0.
-        running_mean: (C,), any floating dtype, or None. Updated in place in training, unless this forward is the
-            recomputation of `torch.utils.checkpoint`.
+        running_mean: (C,), any floating dtype, or None. Updated in place in training, but not by a forward that repeats
+            an earlier one inside a backward (activation checkpointing).
         running_var: like `running_mean`.
         weight: (C,), any floating dtype, or None for 1.
         bias: (C,), any floating dtype, or None for 0.
-        training: use the batch's statistics, and synchronise them.
+        training: use the batch's statistics, and synchronise them. True unless told otherwise, other than for
+            `F.batch_norm`: who calls this function by name wants that.
         momentum: weight of the new value, 1 - decay; a tensor stays on its device.
         eps: added to the variance.
-        process_group: the replicas: None or "world" for all, "node", int (replicas per group), a torch ProcessGroup,
-            an mpi4py Comm, a horovod ProcessSet or a Communicator.
+        process_group: the replicas: None or "world" for all, "node", int (replicas per group), a torch ProcessGroup or
+            DeviceMesh of one dimension, an mpi4py Comm, a horovod ProcessSet or a Communicator.
 
     Returns:
         (N, C, *) in dtype and memory format of `input`. Per-value arithmetic is float32, float64 for float64 input.
 
     Raises:
         InputError: wrong rank or channel count, or one value per channel in the whole world (a ValueError). The latter
-            is seen on the CPU only; an accelerator would have to wait for the number, and gets y = bias instead.
-        DTypeError: `input` is not floating (a TypeError).
+            is seen on the CPU only; an accelerator would have to wait for the number, and gets y = bias instead. Also
+            torch.func.vmap and jvp, and `is_grads_batched=True`.
+        DTypeError: a tensor is not floating, or a DTensor or the like (a TypeError).
         GroupError: `process_group` is unknown or does not hold this rank.
         CollectiveError: a peer is lost.
 
     Collectives: training issues one float64 all-reduce of 2C+1 numbers, its backward one of 2C if `input` needs a
-    gradient, whatever the input holds; in a group of one replica, and otherwise, none.
+    gradient, whatever the input holds and whether compiled or not; in a group of one replica, and otherwise, none.
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; over replicas: Peng et al. 2018, "MegDet", section
     3.3.
@@ -77,56 +82,40 @@ def sync_batch_norm(
         >>> torch.allclose(y, torch.nn.functional.batch_norm(x, None, None, training=True), atol=1e-6)
         True
     """
-    _check(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if not training:
-        return _without_peers(input, running_mean, running_var, weight, bias, eps)
-    comm = resolve(process_group)
-    if comm.size == 1 and input.numel() == input.shape[1]:  # known without asking the device
-        raise one_value()
-    running = None if recomputing() else Running(running_mean, running_var, momentum)
-    kernels = kernels_for(input)
-    if kernels is None:
-        return _composed.sync_batch_norm(input, weight, bias, eps, comm, running)
-    return _fused.sync_batch_norm(input, weight, bias, eps, comm, running, kernels)
+        return evaluate(input, weight, bias, running_mean, running_var, eps)
+    return train(input, weight, bias, Running(running_mean, running_var, None, momentum), eps, key_of(process_group))
 
 
-def _check(input: Tensor, **per_channel: Tensor | None) -> None:
-    """Refuse, before any collective, what no replica can normalise."""
-    if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]  # a check of shapes would be baked in
-        return
-    if input.dim() < 2:
-        raise InputError(f"expected 2D or more input, got {input.dim()}D of shape {tuple(input.shape)}: pass (N, C, *)")
-    if not input.is_floating_point():
-        raise DTypeError(f"expected floating-point input, got {input.dtype}: convert it, e.g. input.float()")
-    channels = input.shape[1]
-    if channels == 0:
-        raise InputError(f"expected at least 1 channel, got input of shape {tuple(input.shape)}")
-    for name, tensor in per_channel.items():
-        if tensor is None:
-            continue
-        if tensor.shape != (channels,):
-            raise InputError(
-                f"expected {name} of shape ({channels},) for input of shape {tuple(input.shape)}, "
-                f"got {tuple(tensor.shape)}: the input's axis 1 must be the layer's channels"
-            )
-        if not tensor.is_floating_point():
-            raise DTypeError(f"expected floating-point {name}, got {tensor.dtype}")
+def train(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float, group: str
+) -> Tensor:
+    """Normalise with the statistics of all replicas of the group whose key is `group`; move the `running` ones."""
+    tensors = (input, weight, bias)
+    if has_torch_function(tensors):  # subclasses and modes decide, as for a function of torch's own
+        return handle_torch_function(train, tensors, input, weight, bias, running, eps, group)
+    check(input, weight, bias, running.mean, running.var)
+    if is_traced(input):
+        return _operators.sync_batch_norm(input, weight, bias, running, eps, group)
+    refuse_transforms(input)
+    return _autograd.sync_batch_norm(input, weight, bias, running, eps, communicator(group))
 
 
-def _without_peers(
+def evaluate(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Eval: torch's own kernel, after the conversions that it asks for but does not make."""
+    """Use torch's own kernel, after the conversions that it asks for but does not make."""
+    check(input, weight, bias, running_mean, running_var)
     per_channel = [running_mean, running_var, weight, bias]
     dtypes = {tensor.dtype for tensor in per_channel if tensor is not None}
     mixed = input.dtype in (torch.float16, torch.bfloat16) and dtypes == {torch.float32}  # torch's one allowed mixture
     if dtypes - {input.dtype} and not mixed:
-        dtype = _composed.compute_dtype(input)
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         per_channel = [None if tensor is None else tensor.to(dtype) for tensor in per_channel]
     running_mean, running_var, weight, bias = per_channel
     batch_statistics = running_mean is None or running_var is None

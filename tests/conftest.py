@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,10 +20,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from syncbn.kernels import composed_only
+
 collect_ignore = ["jobs"]  # scripts: --doctest-modules would import, and so run, them
 ROOT = Path(__file__).parents[1]
 COLLECTIVE_SECONDS = 20  # a rank waits so long for its peers
-TASK_SECONDS = 45  # the pool is killed after that
+TASK_SECONDS = 45
 
 
 BOTH_PATHS = {"test_equivalence", "test_extreme", "test_collectives", "test_autograd", "test_precision"}
@@ -31,17 +34,17 @@ BOTH_PATHS = {"test_equivalence", "test_extreme", "test_collectives", "test_auto
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run these modules over the compiled kernels and over the composed definition."""
     if metafunc.module.__name__.rpartition(".")[2] in BOTH_PATHS:
-        metafunc.parametrize("path", ["fused", "composed"], indirect=True)
+        metafunc.parametrize("path", ["compiled", "composed"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Force the composed path where the parameter says so; else it is what the installation offers."""
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Force the composed kernels where the parameter says so; else they are what the installation offers."""
     choice = getattr(request, "param", None)
-    if choice == "composed":
-        monkeypatch.setenv("SYNCBN_KERNELS", "composed")
-    elif choice == "fused":
+    if choice == "compiled":
         pytest.importorskip("syncbn._native", reason="syncbn was installed without its compiled kernels")
+    with composed_only() if choice == "composed" else contextlib.nullcontext():
+        yield
 
 
 def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
@@ -92,23 +95,23 @@ class GlooPool:
             worker.join()
         self.workers = []
 
-    def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return `fn(rank, size, *args)` of every rank, in rank order."""
+    def run(self, fn: Callable[..., Any], *args: Any, seconds: float = TASK_SECONDS) -> list[Any]:
+        """Return `fn(rank, size, *args)` of every rank, in rank order; after `seconds` the pool is killed."""
         if not self.workers:
             self.start()
         for _, pipe in self.workers:
             pipe.send((fn, args))
-        answers = [self._answer(rank) for rank in range(self.size)]
+        answers = [self._answer(rank, seconds) for rank in range(self.size)]
         failures = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failures:
             self.stop(kill=True)  # the ranks may be out of step: the next test gets fresh ones
             pytest.fail("\n".join(failures), pytrace=False)
         return [answer for _, answer in answers]
 
-    def _answer(self, rank: int) -> tuple[bool, Any]:
+    def _answer(self, rank: int, seconds: float = TASK_SECONDS) -> tuple[bool, Any]:
         worker, pipe = self.workers[rank]
-        if not pipe.poll(TASK_SECONDS):
-            return False, f"no answer within {TASK_SECONDS} s"
+        if not pipe.poll(seconds):
+            return False, f"no answer within {seconds} s"
         try:
             return pipe.recv()  # type: ignore[no-any-return]
         except (EOFError, ConnectionResetError):
@@ -127,7 +130,7 @@ def _pools() -> Iterator[dict[int, GlooPool]]:
 @pytest.fixture
 def gloo(_pools: dict[int, GlooPool]) -> Callable[..., list[Any]]:
     """`gloo(size, fn, *args)`: the results of `fn(rank, size, *args)` on `size` real processes over Gloo."""
-    return lambda size, fn, *args: _pools.setdefault(size, GlooPool(size)).run(fn, *args)
+    return lambda size, fn, *args, **kwargs: _pools.setdefault(size, GlooPool(size)).run(fn, *args, **kwargs)
 
 
 def start_job(command: list[str], *, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.Popen[str]:

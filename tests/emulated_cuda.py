@@ -2,7 +2,7 @@
 
 The checks are those of ATen's CUDA kernels (aten/src/ATen/native/cuda/Normalization.cu(h)): which dtypes go together,
 which arguments are one-dimensional, which layouts are taken. Both torch.nn.SyncBatchNorm's own autograd function and
-`syncbn.kernels._cuda` run on them, so their calls can be compared where no GPU is at hand.
+`syncbn.kernels._torch` run on them, so their calls can be compared where no GPU is at hand.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ def batch_norm_backward_elemt(
         _per_channel(name, t, x, wide)
     _per_channel("weight", weight, x, wide)
     assert count.dtype == torch.int32, f"count is {count.dtype}"
+    assert 0 < count.sum() < 2**31, f"count is {count.sum()}, which the kernel adds up in int32"
     n = count.sum().to(wide[0])
     xmu = x.to(wide[0]) - _view(mean, x)
     scale = invstd if weight is None else invstd * weight

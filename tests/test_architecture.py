@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils._device import _device_constructors
 
 import syncbn
 
@@ -15,6 +16,8 @@ ROOT = Path(syncbn.__file__).parent
 LAYERS = [
     {"errors"},
     {"_compiled"},
+    {"_plain"},
+    {"_statistics"},
     {"comm._protocol"},
     {"comm._single", "comm._threads", "comm._shared_memory", "comm._mpi", "comm._horovod"},
     {"comm._hosts"},
@@ -22,25 +25,36 @@ LAYERS = [
     {"comm._groups"},
     {"comm"},
     {"kernels._protocol"},
-    {"kernels._cpu", "kernels._cuda"},
+    {"kernels._composed", "kernels._cpu", "kernels._torch"},
     {"kernels._select"},
     {"kernels"},
-    {"_statistics"},
-    {"_composed"},
-    {"_fused"},
+    {"_checks", "_recomputation"},
+    {"_autograd"},
+    {"_operators"},
     {"functional"},
     {"_layer"},
+    {"_buckets"},
+    {"_alike"},
     {"_convert", "_launcher", "_parallel"},
     {""},
     {"cli._measure", "cli._report", "cli._network"},
-    {"cli._job"},
+    {"cli._job", "cli._training"},
     {"cli._bench", "cli._installation", "cli._cluster", "cli._comparison"},
     {"cli._doctor", "cli._model"},
     {"cli._verify"},
     {"cli"},
     {"__main__"},
 ]
-KNOWS_BATCH_NORM = {"_statistics", "_composed", "_fused", "functional", "_layer", "_convert"}
+KNOWS_BATCH_NORM = {
+    "_statistics",
+    "_checks",
+    "_recomputation",
+    "_autograd",
+    "_operators",
+    "functional",
+    "_layer",
+    "_convert",
+}
 OPTIONAL = {"mpi4py": "comm._mpi", "horovod": "comm._horovod"}
 
 
@@ -115,7 +129,7 @@ def test_comm_and_kernels_do_not_know_each_other(name):
     ("name", "source", "found"),
     [
         ("comm._mpi", "from syncbn._layer import SyncBatchNorm", "_layer"),
-        ("comm._mpi", "from .._statistics import local_sums", "_statistics"),
+        ("comm._mpi", "from .._autograd import forward", "_autograd"),
         ("comm._mpi", "from ._groups import resolve", "comm._groups"),
         ("comm._mpi", "from . import _single", "comm._single"),
         ("comm._mpi", "def f():\n    import syncbn.functional", "functional"),
@@ -153,6 +167,55 @@ def test_an_import_at_the_top_is_seen(source):
     inside = "def f():\n" + "".join(f"    {line}\n" for line in source.splitlines())
     assert not optional_imports("_launcher", inside, inside_functions=False)
     assert optional_imports("_launcher", inside)
+
+
+FACTORIES = {
+    function.__name__.removeprefix("fft_") for function in _device_constructors()
+}  # those that the default device changes
+ALWAYS_DEFAULT = {"Tensor", "FloatTensor", "DoubleTensor", "LongTensor"}  # cannot be told otherwise
+
+
+def on_the_default_device(source):
+    """Calls of torch.zeros and its like, however imported, that do not say device=: "line: name"."""
+    tree = ast.parse(source)
+    imported_names = {
+        alias.asname or alias.name: alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "torch"
+        for alias in node.names
+    }
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name | ast.Attribute):
+            name = call.func.attr if ast.unparse(call.func.value).partition(".")[0] == "torch" else ""
+        else:
+            name = imported_names.get(ast.unparse(call.func), "")
+        if name in ALWAYS_DEFAULT or (name in FACTORIES and "device" not in {word.arg for word in call.keywords}):
+            yield f"{call.lineno}: {ast.unparse(call.func)}"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_tensor_says_on_which_device_it_is_made(name):
+    """Or torch.set_default_device would send it elsewhere: native code then reads addresses of another device."""
+    assert not list(on_the_default_device(SOURCES[name]))
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("torch.zeros(3)", ["1: torch.zeros"]),
+        ("x = f(torch.tensor([1.0], dtype=torch.float64))", ["1: torch.tensor"]),
+        ("import torch\ntorch.fft.fftfreq(3)", ["2: torch.fft.fftfreq"]),
+        ("from torch import empty as e\ne(3)", ["2: e"]),
+        ("torch.randn(3, generator=g)", ["1: torch.randn"]),
+        ("torch.Tensor(3)", ["1: torch.Tensor"]),
+        ("torch.full((1,), 2, **options)", ["1: torch.full"]),
+        ("torch.as_tensor(3, device=x.device)", []),
+        ("torch.zeros_like(x), x.new_zeros(3), torch.cat([x]), torch.frombuffer(b), empty(3), x.zeros(3)", []),
+    ],
+)
+def test_a_tensor_that_does_not_say_is_seen(source, found):
+    """Negative control of the test above."""
+    assert list(on_the_default_device(source)) == found
 
 
 def loaded_by(statement):

@@ -341,3 +341,56 @@ def test_the_recomputation_is_a_forward_for_the_peers_too():
         return [length for length, _ in recording.calls], layer.num_batches_tracked.item()
 
     assert run_threads(2, replica) == [([7, 7, 6], 1)] * 2
+
+
+# What is kept, and what is sent
+
+
+def test_it_keeps_the_input_and_2c_numbers():
+    saved = []
+    x = torch.randn(4, 8, 5, 4, requires_grad=True)
+    layer = SyncBatchNorm(8)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    own = [t for t in saved if t.data_ptr() not in {x.data_ptr(), layer.weight.data_ptr()}]
+    assert [t.shape for t in own] == [(2 * 8 + 1,)]  # mean, 1/√(σ²+ε), and the count
+
+
+class Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_a_gradient_that_does_not_come_is_zero_to_the_peers():
+    """The replica takes part in their collective all the same."""
+    batch = random_batch([(4, 3)] * 2)
+
+    def replica(comm):
+        recording = Recording(comm)
+        x = batch.xs[comm.rank].clone().requires_grad_()
+        y = sync_batch_norm(x, process_group=recording)
+        (y if comm.rank else Drop.apply(y)).mul(batch.gs[comm.rank]).sum().backward()
+        return x.grad, [length for length, _ in recording.calls]
+
+    dropped = batch._replace(gs=[torch.zeros_like(batch.gs[0]), batch.gs[1]])
+    for (dx, lengths), expected in zip(run_threads(2, replica), whole_batch(dropped, affine=False).dx, strict=True):
+        assert lengths == [7, 6]
+        assert_tensor_close(dx, expected)
+
+
+def test_a_second_derivative_repeats_no_forward():
+    def replica(comm):
+        recording = Recording(comm)
+        x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        y = sync_batch_norm(x, process_group=recording)
+        (dx,) = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
+        forward_and_backward = len(recording.calls)
+        dx.square().sum().backward()
+        return [length for length, _ in recording.calls], forward_and_backward
+
+    assert run_threads(2, replica) == [([7, 6, 6, 6, 6], 2)] * 2  # of sums, statistics, and y

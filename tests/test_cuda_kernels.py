@@ -15,8 +15,9 @@ from torch.nn.modules._functions import SyncBatchNorm as TorchFunction
 
 import syncbn
 from syncbn import functional
+from syncbn._statistics import Running
 from syncbn.comm import run_threads
-from syncbn.kernels import _cuda
+from syncbn.kernels import _composed, _select, _torch
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -24,8 +25,13 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """CPU tensors take the CUDA kernels, which are emulated; the list records the operations called."""
-    monkeypatch.setattr(functional, "kernels_for", lambda x: _cuda)
-    return emulated_cuda.install(monkeypatch)
+    return emulate(monkeypatch)
+
+
+def emulate(patch: pytest.MonkeyPatch) -> list[str]:
+    patch.setattr(_select, "_native_sets", lambda: (_torch,))
+    patch.setattr(_torch, "takes", lambda *tensors: True)
+    return emulated_cuda.install(patch)
 
 
 def whole_batch(xs: list[Tensor], gs: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -87,6 +93,45 @@ def test_the_operations_called(emulated: list[str]) -> None:
     ]
 
 
+def test_takes_no_tensor_of_the_cpu() -> None:
+    assert not _torch.takes(torch.ones(2, 3))
+    assert _torch.takes(None)
+
+
+@pytest.mark.parametrize("count", [7, 2**31 - 1, 2**31, 2**40 + 1])
+def test_more_values_than_an_int32_counts(emulated: list[str], count: int) -> None:
+    """The emulation refuses a list of counts that an int32 does not hold the sum of."""
+    x, dy = torch.randn(4, 3, 5).double(), torch.randn(4, 3, 5).double()
+    mean, variance, n = torch.randn(3).double(), torch.rand(3).double() + 0.5, torch.tensor([count]).double()
+    total = torch.cat([mean * n, (variance + mean.square()) * n, n])
+    weight, sums = torch.randn(3).double(), torch.randn(6).double() * n
+    _, statistics = _torch.normalize(x, total, None, None, 0.0, None)
+    torch.testing.assert_close(statistics, torch.cat([mean, variance.rsqrt(), n]), rtol=1e-12, atol=0)
+    for ours, definition in (
+        (
+            _torch.normalize(x, total, weight, None, 0.0, None)[0],
+            _composed.normalize(x, total, weight, None, 0.0, None)[0],
+        ),
+        (_torch.backward_sums(dy, x, statistics), _composed.backward_sums(dy, x, statistics)),
+        (
+            _torch.backward_input(dy, x, statistics, weight, sums),
+            _composed.backward_input(dy, x, statistics, weight, sums),
+        ),
+    ):
+        torch.testing.assert_close(ours, definition, rtol=1e-11, atol=1e-11)
+
+
+def test_running_statistics_move(emulated: list[str]) -> None:
+    x, theirs = torch.randn(4, 3, 5), nn.BatchNorm1d(3)
+    running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0))
+    theirs(x)
+    _torch.normalize(x, _torch.moments(x), None, None, 1e-5, running)
+    torch.testing.assert_close(running.mean, theirs.running_mean)
+    torch.testing.assert_close(running.var, theirs.running_var)
+    assert running.batches is not None
+    assert running.batches.item() == 1
+
+
 def test_a_constant_channel(emulated: list[str]) -> None:
     x = torch.randn(4, 2, 3).index_fill(1, torch.tensor(1), 8.0)
     y = functional.sync_batch_norm(x, eps=1e-5)
@@ -109,16 +154,16 @@ def test_the_emulation_is_strict(emulated: list[str]) -> None:
         torch.batch_norm_elemt(x, None, None, wide.half(), wide, 0.0)
     with pytest.raises(AssertionError, match="strides"):
         torch.batch_norm_stats(x.transpose(0, 2), 0.0)
-    with pytest.raises(AssertionError, match="count"):
-        torch.batch_norm_backward_elemt(x, x, wide, wide, None, wide, wide, torch.ones(1))
+    for count in (torch.ones(1), torch.full((2,), 2**30, dtype=torch.int32)):
+        with pytest.raises(AssertionError, match="count"):
+            torch.batch_norm_backward_elemt(x, x, wide, wide, None, wide, wide, count)
 
 
 def _against_torch(rank: int, size: int) -> None:
     """Run torch's own autograd function and ours over the same emulated operations and real collectives."""
     patch = pytest.MonkeyPatch()
     try:
-        patch.setattr(functional, "kernels_for", lambda x: _cuda)
-        emulated_cuda.install(patch)
+        emulate(patch)
         for fmt in FORMATS.values():
             _compare_with_torch(rank, size, fmt)
     finally:

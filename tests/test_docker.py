@@ -55,6 +55,7 @@ def test_context_has_what_the_build_needs() -> None:
     assert [path for path in needed if not in_context(path)] == []
     assert not in_context("tests/test_docker.py")
     assert not in_context(".git")
+    assert not in_context(".venv-syncbn/bin/python")
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES)

@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import run_job
 
+from syncbn._compiled import native
 from syncbn._launcher import Launch
 from syncbn.cli import _doctor, _installation, main
-from syncbn.cli._cluster import Collective, Facts, _measured, collectives, findings, merged
+from syncbn.cli._cluster import Collective, Facts, _measured, collectives, facts, findings, merged
 from syncbn.cli._installation import Part
 from syncbn.cli._job import exchange, gather
 from syncbn.cli._network import choose, suspicions
@@ -40,11 +41,14 @@ def test_gather() -> None:
 RANK = Facts(
     rank=0, host="node1", device="cpu", device_id="", interface="eth0", address="10.0.0.1",
     variable="GLOO_SOCKET_IFNAME", remedy="set GLOO_SOCKET_IFNAME=eth0 on node1", cores="0xf", threads=2,
-    python="3.11.7", torch="2.13.0", syncbn="0.1.0", shared_memory=True,
+    python="3.11.7", torch="2.13.0", syncbn="0.1.0",
+    compiled="avx2", kernels_setting="", shared_memory_setting="",
 )  # fmt: skip
 NODE2 = replace(RANK, rank=1, host="node2", address="10.0.0.2")
 LOOPBACK = replace(RANK, interface="lo", address="127.0.0.1")
 CUDA = replace(RANK, device="cuda:0", device_id="uuid-0")
+COMPOSED = replace(RANK, kernels_setting="composed")
+MISSING = replace(RANK, compiled="")
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,12 @@ CUDA = replace(RANK, device="cuda:0", device_id="uuid-0")
         [CUDA, replace(CUDA, rank=1, host="node2")],
         [replace(RANK, cores="0x3"), replace(RANK, rank=1, cores="0xc")],  # bound, two cores each
         [replace(RANK, variable="", interface="", address=""), NODE2],  # MPI chooses itself
+        [RANK, replace(NODE2, compiled="avx512")],  # another processor: nothing to be done
+        [COMPOSED, replace(COMPOSED, rank=1)],  # as asked for, everywhere
+        [MISSING, replace(MISSING, rank=1)],
+        [CUDA, replace(CUDA, rank=1, host="node2", compiled="", shared_memory_setting="0")],  # of no use there
+        [replace(RANK, shared_memory_setting="0"), replace(RANK, rank=1, shared_memory_setting="0")],
+        [replace(RANK, variable=""), replace(RANK, variable="", rank=1, shared_memory_setting="0")],  # MPI
     ],
 )
 def test_sound_ranks(world: list[Facts]) -> None:
@@ -75,6 +85,11 @@ def test_sound_ranks(world: list[Facts]) -> None:
         ([replace(RANK, threads=5)], "warning", "5 threads on 4 cores"),
         ([replace(RANK, cores="0x1"), replace(RANK, rank=1, cores="0x1")], "warning", "start fewer ranks"),
         ([replace(RANK, threads=3), replace(RANK, rank=1)], "warning", "set OMP_NUM_THREADS=2"),
+        ([RANK, replace(COMPOSED, rank=1)], "warning", "rank 1: SYNCBN_KERNELS=composed has"),
+        ([RANK, replace(COMPOSED, rank=1, compiled="")], "warning", "unset it there"),
+        ([MISSING, replace(RANK, rank=1)], "warning", "rank 0: without the compiled kernels"),
+        ([CUDA, replace(CUDA, rank=1, host="node2", kernels_setting="composed")], "warning", "rank 1: SYNCBN_KERNELS"),
+        ([RANK, replace(RANK, rank=1, shared_memory_setting="0")], "warning", "rank 1: SYNCBN_SHARED_MEMORY=0"),
     ],
 )
 def test_what_is_wrong_is_named(world: list[Facts], severity: str, words: str) -> None:
@@ -92,6 +107,36 @@ def test_ranks_that_know_other_facts_are_of_another_version() -> None:
     told = [asdict(RANK), {**asdict(RANK), "rank": 1, "syncbn": "9", "more": 1}]
     with pytest.raises(LaunchError, match=r"0\.1\.0 on rank 0; 9 on rank 1"):
         _doctor._facts(told)
+
+
+def test_every_reason_for_the_slow_path_is_named() -> None:
+    world = [RANK, replace(COMPOSED, rank=1), replace(MISSING, rank=2), replace(COMPOSED, rank=3)]
+    world = [replace(rank, threads=1) for rank in world]
+    turned_off, missing = findings(world)
+    assert turned_off.text.startswith("ranks 1, 3: SYNCBN_KERNELS")
+    assert missing.text.startswith("rank 2: without the compiled kernels")
+
+
+@pytest.mark.parametrize(
+    ("rank", "kernels", "shared_memory"),
+    [
+        (RANK, "avx2", True), (COMPOSED, "composed", True), (MISSING, "composed", False), (CUDA, "CUDA", True),
+        (replace(CUDA, kernels_setting="composed"), "composed", True),
+        (replace(RANK, shared_memory_setting="0"), "avx2", False),
+        (replace(RANK, kernels_setting="other", shared_memory_setting="1"), "avx2", True),
+    ],
+)  # fmt: skip
+def test_what_decides_the_path(rank: Facts, kernels: str, shared_memory: bool) -> None:
+    assert (rank.kernels, rank.shared_memory) == (kernels, shared_memory)
+
+
+def test_the_facts_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNCBN_KERNELS", "composed")
+    monkeypatch.setenv("SYNCBN_SHARED_MEMORY", "0")
+    mine = facts(TORCHRUN, choose(TORCHRUN, {}, "node1", "10.0.0.1", FOUND))
+    assert (mine.kernels_setting, mine.shared_memory_setting) == ("composed", "0")
+    assert (mine.kernels, mine.shared_memory) == ("composed", False)
+    assert bool(mine.compiled) == (native is not None)
 
 
 # This host's network

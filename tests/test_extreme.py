@@ -168,3 +168,15 @@ def test_the_reference_takes_rows_of_any_shape():
     x = torch.randn(2, 3, 4, 5)
     assert torch.equal(to_rows(x).mean(0), to_rows(x.flatten(2)).mean(0))
     assert torch.equal(to_rows(x)[0], x[0, :, 0, 0])
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_domain_of_exactness(world, ratio):
+    """Sums about zero cost a relative error of the variance of about 2⁻⁵³·(mean/std)², however the batch is split."""
+    batch = random_batch([(60 // world, 3, 20)] * world, mean=ratio)
+    expected = torch.cat([to_rows(x) for x in batch.xs]).var(0)
+    (var,) = replicas(batch, momentum=1.0, dtype=torch.float64).running_var
+    error = ((var - expected) / expected).abs().max().item()
+    assert error <= 8 * 2**-53 * (1 + ratio**2)
+    assert ratio < 1e6 or error > 1e-9  # so it is said, and not promised away

@@ -1,17 +1,20 @@
-"""The compiled CPU kernels against the formulas in float64, for every dtype, memory layout and instruction set."""
+"""Kernels against the formulas in float64: composed, and compiled for every instruction set; the compiled boundary."""
 
 from __future__ import annotations
 
-import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from syncbn.errors import DTypeError, InputError
+from syncbn._statistics import Running, update_running
+from syncbn.errors import InputError
+from syncbn.kernels import _composed, _select, composed_only, kernels_for
 
-kernels = pytest.importorskip(
+compiled = pytest.importorskip(
     "syncbn.kernels._cpu", reason="syncbn was built without its compiled kernels", exc_type=ImportError
 )
 from syncbn import _native  # noqa: E402
@@ -41,10 +44,22 @@ SHAPES = [
 ]
 
 
+@pytest.fixture(params=["composed", *_native.instruction_sets()])
+def kernels(request):
+    """Each set of kernels that works here."""
+    if request.param == "composed":
+        yield _composed
+    else:
+        _native.use_instruction_set(request.param)
+        yield compiled
+        _native.use_instruction_set(_native.instruction_sets()[0])
+
+
 @pytest.fixture(params=_native.instruction_sets())
-def instruction_set(request):
+def native(request):
+    """The compiled kernels, for each instruction set."""
     _native.use_instruction_set(request.param)
-    yield request.param
+    yield compiled
     _native.use_instruction_set(_native.instruction_sets()[0])
 
 
@@ -97,34 +112,47 @@ def over_channel(x):
     return x.double().sum([0, *range(2, x.dim())])
 
 
-def statistics(x):
-    """[mean, 1/√(σ² + EPS), N] in float64."""
-    n = x.numel() // x.shape[1]
-    mean = over_channel(x) / n
-    return packed(mean, (over_channel((x.double() - per_channel(mean, x)).square()) / n + EPS).rsqrt(), n)
+def total_of(x):
+    """[Σx, Σx², n] in float64."""
+    return packed(over_channel(x), over_channel(x.double().square()), x.numel() // x.shape[1])
 
 
-def packed(mean, invstd, n):
-    return torch.cat([mean, invstd, torch.tensor([n], dtype=torch.float64)])
+def packed(first, second, n):
+    return torch.cat([first, second, torch.tensor([n], dtype=torch.float64)])
+
+
+def identity(channels):
+    """The total of mean 0 and variance 1."""
+    return packed(torch.zeros(channels).double(), torch.full((channels,), 2.0).double(), 2)
+
+
+def normalize(kernels, x, total, weight=None, bias=None, eps=EPS):
+    return kernels.normalize(x, total, weight, bias, eps, None)[0]
 
 
 class Reference:
     """The four results in float64, by the formulas."""
 
     def __init__(self, x, dy, weight, bias):
-        self.statistics = statistics(x)
-        self.mean, self.invstd, _ = self.statistics.tensor_split([x.shape[1], 2 * x.shape[1]])
-        self.count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64)
+        self.total = total_of(x)
+        s1, s2, self.count = self.total.tensor_split([x.shape[1], 2 * x.shape[1]])
+        self.mean = s1 / self.count
+        self.invstd = ((s2 / self.count - self.mean.square()).clamp(min=0) + EPS).rsqrt()
+        self.statistics = torch.cat([self.mean, self.invstd, self.count])
         x, dy = x.double(), dy.double()
         scale = self.invstd if weight is None else self.invstd * weight
         xhat = self.xhat = (x - per_channel(self.mean, x)) * per_channel(self.invstd, x)
-        self.moments = torch.cat([over_channel(x), over_channel(x.square())])
         self.y = xhat * (1 if weight is None else per_channel(weight, x)) + (
             0 if bias is None else per_channel(bias, x)
         )
         self.sums = torch.cat([over_channel(dy), over_channel(dy * xhat)])
         t1, t2 = (self.sums / self.count).chunk(2)
         self.dx = per_channel(scale, x) * (dy - per_channel(t1, x) - xhat * per_channel(t2, x))
+
+
+def sums_within(kernels):
+    """Units of the compute type: torch's own sums are a little less exact."""
+    return 6 if kernels is _composed else 4
 
 
 def assert_near(actual, expected, scale, ulps):
@@ -136,12 +164,12 @@ def assert_near(actual, expected, scale, ulps):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_formulas(instruction_set, shape, dtype):
+def test_formulas(kernels, shape, dtype):
     x, dy = random(shape, dtype, mean=0.5), random(shape, dtype, mean=-0.25, seed=1)
     weight, bias = random(shape[1], torch.float32, seed=2), random(shape[1], torch.float64, seed=3)
     of = Reference(x, dy, weight, bias)
     eps = COMPUTE_EPS[dtype]
-    ulps = 16 if dtype == torch.float64 else 4  # the reference is no better than what it judges
+    ulps = 16 if dtype == torch.float64 else sums_within(kernels)  # the reference is no better than what it judges
     size_of_moments = eps * torch.cat([over_channel(x.abs()), over_channel(x.double().square())])
     size_of_sums = eps * torch.cat([over_channel(dy.abs()), over_channel((dy * of.xhat).abs()) + 1])
     for layout in LAYOUTS:
@@ -149,8 +177,8 @@ def test_formulas(instruction_set, shape, dtype):
         sums, count = kernels.moments(x).tensor_split([-1])
         assert sums.dtype == torch.float64
         assert torch.equal(count, of.count)
-        assert_near(sums, of.moments, size_of_moments, ulps)
-        y = kernels.normalize(x, of.statistics, weight, bias)
+        assert_near(sums, of.total[:-1], size_of_moments, ulps)
+        y = normalize(kernels, x, of.total, weight, bias)
         assert y.dtype == dtype
         assert_near(y, of.y, eps * (of.y.abs().max() + 1), ulps)
         sums = kernels.backward_sums(dy, x, of.statistics)
@@ -162,17 +190,17 @@ def test_formulas(instruction_set, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(6, 5, 3, 7), (20, 33), (4, 3, 300), (2, 3, 4, 5, 6)], ids=str)
-def test_all_layouts_give_the_same_bits_and_keep_their_memory_format(instruction_set, shape, dtype):
+def test_all_layouts_give_the_same_bits_and_keep_their_memory_format(native, shape, dtype):
     x, dy = random(shape, dtype), random(shape, dtype, seed=1)
     weight = random(shape[1], torch.float32, seed=2)
     of = Reference(x, dy, weight, None)
-    expected_y = kernels.normalize(x, of.statistics, weight, None)
-    expected_dx = kernels.backward_input(dy, x, of.statistics, weight, of.sums)
+    expected_y = normalize(native, x, of.total, weight, None)
+    expected_dx = native.backward_input(dy, x, of.statistics, weight, of.sums)
     assert expected_y.is_contiguous()
     for layout in LAYOUTS:
         for layout_of_dy in (contiguous, channels_last, transposed):
-            y = kernels.normalize(layout(x), of.statistics, weight, None)
-            dx = kernels.backward_input(layout_of_dy(dy), layout(x), of.statistics, weight, of.sums)
+            y = normalize(native, layout(x), of.total, weight, None)
+            dx = native.backward_input(layout_of_dy(dy), layout(x), of.statistics, weight, of.sums)
             assert torch.equal(y, expected_y)
             assert torch.equal(dx, expected_dx)
             innermost_channels = layout in (channels_last, sliced_channels_last)
@@ -181,7 +209,7 @@ def test_all_layouts_give_the_same_bits_and_keep_their_memory_format(instruction
                 assert y.stride() == dx.stride() == dense.stride()
 
 
-def test_broadcast_gradients_as_sum_and_mean_make_them(instruction_set):
+def test_broadcast_gradients_as_sum_and_mean_make_them(kernels):
     x = random((3, 5, 4, 7), torch.float32)
     dy = torch.tensor(0.5).expand(x.shape)
     of = Reference(x, dy, None, None)
@@ -195,7 +223,7 @@ def test_broadcast_gradients_as_sum_and_mean_make_them(instruction_set):
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("first", [0.0, 1e4, -1e6])
 @pytest.mark.parametrize("shape", [(4, 3, 33, 40), (7, 30, 3, 9)], ids=str)
-def test_large_means_do_not_cancel(instruction_set, dtype, layout, first, shape):
+def test_large_means_do_not_cancel(kernels, dtype, layout, first, shape):
     """mean/std = 1e4, whatever the first values of each channel are."""
     x = random(shape, dtype, mean=1e4)
     x[:, :, 0, :2] = first
@@ -207,11 +235,11 @@ def test_large_means_do_not_cancel(instruction_set, dtype, layout, first, shape)
     mean, variance = s1 / n, s2 / n - (s1 / n).square()
     assert ((mean - of.mean).abs() <= 1e-7 / of.invstd).all()
     torch.testing.assert_close(variance, of.invstd**-2 - EPS, rtol=1e-6 if dtype == torch.float32 else 1e-7, atol=0)
-    y = kernels.normalize(x, of.statistics, None, None)
+    y = normalize(kernels, x, of.total, None, None)
     assert_near(y, of.y, COMPUTE_EPS[dtype] * of.y.abs().max(), 4)
     sums = kernels.backward_sums(dy, x, of.statistics)
     sizes = torch.cat([over_channel(dy.abs()), over_channel((dy * of.xhat).abs())])
-    assert_near(sums, of.sums, COMPUTE_EPS[dtype] * sizes, 4)
+    assert_near(sums, of.sums, COMPUTE_EPS[dtype] * sizes, sums_within(kernels))
     dx = kernels.backward_input(dy, x, of.statistics, None, of.sums)
     assert_near(dx, of.dx, COMPUTE_EPS[dtype] * (of.dx.abs().max() + of.invstd.max()), 8)
 
@@ -229,7 +257,7 @@ def errors(y, dx, dweight, dbias, of):
 )
 @pytest.mark.parametrize("shape", [(4, 32, 24, 31), (16, 64, 7, 7), (2, 64, 7, 7), (256, 64)], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_at_most_twice_the_error_of_nn_batch_norm(instruction_set, shape, dtype, layout, mean):
+def test_at_most_twice_the_error_of_nn_batch_norm(kernels, shape, dtype, layout, mean):
     x, dy = layout(random(shape, dtype, mean=mean)), layout(random(shape, dtype, seed=1))
     theirs = nn.BatchNorm1d(shape[1]) if x.dim() == 2 else nn.BatchNorm2d(shape[1])
     theirs = theirs.to(dtype)
@@ -242,10 +270,7 @@ def test_at_most_twice_the_error_of_nn_batch_norm(instruction_set, shape, dtype,
     theirs_y = theirs(leaf)
     theirs_y.backward(dy)
 
-    n = of.count
-    s1, s2 = kernels.moments(x)[:-1].chunk(2)
-    ours = packed(s1 / n, (s2 / n - (s1 / n).square() + EPS).rsqrt(), n)
-    y = kernels.normalize(x, ours, weight, bias)
+    y, ours = kernels.normalize(x, kernels.moments(x), weight, bias, EPS, None)
     sums = kernels.backward_sums(dy, x, ours)
     dx = kernels.backward_input(dy, x, ours, weight, sums)
     dbias, dweight = sums.to(dtype).chunk(2)
@@ -255,13 +280,13 @@ def test_at_most_twice_the_error_of_nn_batch_norm(instruction_set, shape, dtype,
         assert own <= 2 * other + 1e-16, f"{name}: {own:.3g} against {other:.3g}"
 
 
-def test_agrees_with_torch_batch_norm(instruction_set):
+def test_agrees_with_torch_batch_norm(kernels):
     x, dy = random((4, 5, 6, 7), torch.float64).requires_grad_(), random((4, 5, 6, 7), torch.float64, seed=1)
     weight, bias = (random(5, torch.float64, seed=seed).requires_grad_() for seed in (2, 3))
     expected = F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
     expected.backward(dy)
     of = Reference(x.detach(), dy, weight.detach(), bias.detach())
-    y = kernels.normalize(x.detach(), of.statistics, weight.detach(), bias.detach())
+    y = normalize(kernels, x.detach(), of.total, weight.detach(), bias.detach())
     sums = kernels.backward_sums(dy, x.detach(), of.statistics)
     dx = kernels.backward_input(dy, x.detach(), of.statistics, weight.detach(), sums)
     for actual, theirs in [(y, expected), (dx, x.grad), (sums, torch.cat([bias.grad, weight.grad]))]:
@@ -271,7 +296,7 @@ def test_agrees_with_torch_batch_norm(instruction_set):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 61), (2, 5, 4099), (12, 5, 7), (50, 5)], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_infinities_and_nans_stay_in_their_channels(instruction_set, dtype, shape, layout):
+def test_infinities_and_nans_stay_in_their_channels(kernels, dtype, shape, layout):
     x = random(shape, dtype)
     clean = kernels.moments(layout(x))[:-1]
     for channel, value in [(1, torch.inf), (2, -torch.inf), (4, torch.nan)]:
@@ -280,38 +305,34 @@ def test_infinities_and_nans_stay_in_their_channels(instruction_set, dtype, shap
     assert not sums[:, [1, 2, 4]].isfinite().any()
     assert torch.equal(sums[:, [0, 3]], clean.view(2, -1)[:, [0, 3]])
 
-    zero, one = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
-    y = kernels.normalize(layout(x), packed(zero, one, 1), None, None)
+    y = normalize(kernels, layout(x), identity(5), eps=0)
     assert torch.equal(y.nan_to_num(nan=9, posinf=7, neginf=5), x.nan_to_num(nan=9, posinf=7, neginf=5))
-    nan_mean = zero.index_fill(0, torch.tensor(3), torch.nan)
-    for y in (
-        kernels.normalize(random(shape, dtype), packed(nan_mean, one, 1), None, None),
-        kernels.backward_input(
-            random(shape, dtype), random(shape, dtype), packed(nan_mean, one, 1), None, torch.zeros(10).double()
-        ),
-    ):
+    total, of = identity(5), packed(torch.zeros(5).double(), torch.ones(5).double(), 1)
+    total[3] = of[3] = torch.nan
+    x = random(shape, dtype)
+    for y in normalize(kernels, x, total), kernels.backward_input(x, x, of, None, torch.zeros(10).double()):
         assert y[:, 3].isnan().all()
         assert y[:, [0, 1, 2, 4]].isfinite().all()
     dy = random(shape, dtype)
     dy[0, 1, ...].view(-1)[0] = torch.nan
-    sums = kernels.backward_sums(layout(dy), layout(random(shape, dtype)), packed(zero, one, 1)).view(2, -1)
+    of[3] = 0
+    sums = kernels.backward_sums(layout(dy), layout(x), of).view(2, -1)
     assert sums[:, 1].isnan().all()
     assert sums[:, [0, 2, 3, 4]].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_half_comes_back(instruction_set, dtype):
+def test_every_half_comes_back(kernels, dtype):
     """Identity coefficients: each of the 65536 patterns is read and written again, subnormals and NaN included."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
-    one = torch.ones(1, dtype=torch.float64)
     for shape in [(2, 1, 2**15), (2**16, 1)]:
-        y = kernels.normalize(x.view(shape), packed(0 * one, one, 1), None, None).view(-1)
+        y = normalize(kernels, x.view(shape), identity(1), eps=0).view(-1)
         assert torch.equal(y.isnan(), x.isnan())
         assert torch.equal(y[~x.isnan()], x[~x.isnan()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_halves_are_rounded_to_nearest_even(instruction_set, dtype):
+def test_halves_are_rounded_to_nearest_even(kernels, dtype):
     """Any float32, all halfway cases and their neighbours, as biases: against torch's conversion."""
     halves = torch.arange(2**15, dtype=torch.int16).view(dtype).float()
     halfway = (halves[:-1] + halves[1:]) / 2
@@ -320,8 +341,8 @@ def test_halves_are_rounded_to_nearest_even(instruction_set, dtype):
     patterns = torch.randint(-(2**31), 2**31, (100000,), generator=torch.Generator().manual_seed(0)).int()
     patterns = torch.cat([patterns, ties, ties - 1, ties + 1, torch.tensor([-1, 2**31 - 1])])  # NaN of all ones
     bias = torch.cat([patterns, patterns ^ -(2**31)]).int().view(torch.float32)
-    zero = torch.zeros(len(bias), dtype=torch.float64)
-    y = kernels.normalize(zero.to(dtype).view(1, -1), packed(zero, zero, 1), None, bias)[0]
+    zero = torch.zeros(1, len(bias), dtype=dtype)
+    y = normalize(kernels, zero, identity(len(bias)), zero[0], bias)[0]
     expected = bias.to(dtype)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y[~y.isnan()], expected[~y.isnan()])
@@ -335,123 +356,362 @@ def test_halves_are_rounded_to_nearest_even(instruction_set, dtype):
 def test_same_bits_with_any_number_of_threads(threads, dtype, shape, layout):
     x, dy = layout(random(shape, dtype)), layout(random(shape, dtype, seed=1))
     weight = random(shape[1], torch.float32, seed=2)
-    of = statistics(x)
+    total, of = total_of(x), Reference(x, dy, None, None).statistics
     sums = random(2 * shape[1], torch.float64)
     results = []
     for number in (1, 2, 3, 2):
         threads(number)
         results.append([
-            kernels.moments(x),
-            kernels.normalize(x, of, weight, weight),
-            kernels.backward_sums(dy, x, of),
-            kernels.backward_input(dy, x, of, weight, sums),
+            compiled.moments(x),
+            normalize(compiled, x, total, weight, weight),
+            compiled.backward_sums(dy, x, of),
+            compiled.backward_input(dy, x, of, weight, sums),
         ])  # fmt: skip
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_results_too_large_for_the_caches(instruction_set, layout, threads):
-    """Stored past them, which needs aligned planes or rows: 112² float32 values are, 111·113 are not."""
+def test_results_too_large_for_the_caches(native, layout, threads):
+    """Stored past them, which needs aligned planes or rows: 112² floats are, 111·113 are not. Half of it is not."""
     threads(2)
     for shape in [(6, 64, 112, 112), (6, 64, 111, 113), (6, 63, 112, 112)]:
-        x, dy = layout(random(shape, torch.float32)), layout(random(shape, torch.float32, seed=1))
-        assert x.numel() * 4 >= 1 << 24
-        of = Reference(x, dy, None, None)
-        y = kernels.normalize(x, of.statistics, None, None)
-        dx = kernels.backward_input(dy, x, of.statistics, None, of.sums)
-        assert_near(y, of.y, 2**-24 * of.y.abs().max(), 4)
-        assert_near(dx, of.dx, 2**-24 * of.dx.abs().max(), 8)
+        x, dy = layout(torch.randn(shape)), layout(torch.randn(shape))
+        assert x.numel() * 4 >= 1 << 24 > x[:3].numel() * 4
+        total, of = identity(shape[1]), torch.full((2 * shape[1] + 1,), 0.5, dtype=torch.float64)
+        y, dx = normalize(native, x, total), native.backward_input(dy, x, of, None, of[:-1])
+        for half in (slice(3), slice(3, 6)):
+            assert torch.equal(y[half], normalize(native, x[half], total))
+            assert torch.equal(dx[half], native.backward_input(dy[half], x[half], of, None, of[:-1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 3, 67), (9, 3, 5), (2, 33), (11, 3), (1, 1, 4097)], ids=str)
-def test_nothing_is_written_outside(instruction_set, dtype, shape):
-    n, c, s = (*shape, 1)[:3]
-    size = n * c * s
-    x, zero, one = random(size, dtype), torch.zeros(c, dtype=torch.float64), torch.ones(c, dtype=torch.float64)
-    identity = packed(zero, one, 1)
-    sums = torch.zeros(2 * c, dtype=torch.float64)
-    code = kernels._CODES[dtype]
-    for backward in (False, True):
-        out = torch.full((size + 200,), 7, dtype=dtype)
-        address = out[100:].data_ptr()
-        if backward:
-            tensors = [x.data_ptr(), x.data_ptr(), address, identity.data_ptr(), 0, 0]
-            _native.backward_input(code, 1, n, c, s, *tensors, sums.data_ptr())
-        else:
-            _native.normalize(code, 1, n, c, s, x.data_ptr(), address, identity.data_ptr(), 0, 0, 0, 0)
-        assert torch.equal(out[100 : 100 + size], x)
-        assert (out[:100] == 7).all()
-        assert (out[100 + size :] == 7).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 5), (2, 3, 0), (2, 3, 0, 5), (0, 0), (4, 0, 5)], ids=str)
-def test_empty_tensors(instruction_set, dtype, shape):
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 5), (2, 3, 0), (2, 3, 0, 5), (0, 1)], ids=str)
+def test_empty_tensors(kernels, dtype, shape):
     x, c = torch.empty(shape, dtype=dtype), shape[1]
     of, zeros = torch.ones(2 * c + 1, dtype=torch.float64), torch.zeros(2 * c, dtype=torch.float64)
     weight = torch.ones(c)
     assert torch.equal(kernels.moments(x), torch.zeros(2 * c + 1, dtype=torch.float64))
     assert torch.equal(kernels.backward_sums(x, x, of), zeros)
-    assert kernels.normalize(x, of, weight, weight).shape == shape
-    assert kernels.backward_input(x, x, of, weight, zeros).shape == shape
+    y, statistics = kernels.normalize(x, torch.zeros(2 * c + 1, dtype=torch.float64), weight, weight, 0.25, None)
+    assert y.shape == kernels.backward_input(x, x, of, weight, zeros).shape == shape
+    assert torch.equal(statistics, packed(zeros[:c], zeros[:c] + 2, 0))
 
 
-def test_parameters_of_any_floating_dtype_and_stride(instruction_set):
+@pytest.mark.parametrize("shape", [(0, 0), (4, 0, 5)], ids=str)
+def test_no_channels(native, shape):
+    x, nothing = torch.empty(shape), torch.empty(0)
+    total, sums = torch.zeros(1, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
+    assert native.moments(x).tolist() == [0]
+    assert normalize(native, x, total, nothing, nothing).shape == shape
+    assert native.backward_input(x, x, total, nothing, sums).shape == shape
+
+
+def test_parameters_of_any_floating_dtype_and_stride(kernels):
     x = random((6, 4, 5), torch.float32)
-    of = statistics(x)
+    total = total_of(x)
     values = torch.tensor([1.5, -2.0, 0.25, 3.0])
-    expected = kernels.normalize(x, of, values, values)
+    expected = normalize(kernels, x, total, values, values)
     for dtype in DTYPES:
         parameter = values.to(dtype).repeat_interleave(2)[::2]
-        spread = torch.stack([of, of], 1)
-        y = kernels.normalize(x, spread[:, 0], parameter, nn.Parameter(parameter))
-        assert torch.equal(y, expected)
+        spread = torch.stack([total, total], 1)
+        assert torch.equal(normalize(kernels, x, spread[:, 0], parameter, nn.Parameter(parameter)), expected)
+    same = torch.tensor(1.5).expand(4)  # one value in memory
+    assert torch.equal(
+        normalize(kernels, x, total, same, same), normalize(kernels, x, total, same.clone(), same.clone())
+    )
 
 
-GOOD = {
-    "dy": torch.zeros(2, 3, 4),
-    "x": torch.zeros(2, 3, 4),
-    "statistics": torch.ones(7, dtype=torch.float64),
-    "weight": torch.zeros(3),
-    "bias": torch.zeros(3),
-    "sums": torch.zeros(6, dtype=torch.float64),
+def test_results_lie_where_the_input_does(kernels):
+    x = random((4, 3, 5), torch.float32)
+    with torch.device("meta"):
+        payload = kernels.moments(x)
+        y, of = kernels.normalize(x, payload, None, None, EPS, None)
+        sums = kernels.backward_sums(x, x, of)
+        dx = kernels.backward_input(x, x, of, None, sums)
+    assert all(t.device.type == "cpu" for t in (payload, y, of, sums, dx))
+
+
+def move(kernels, running, x):
+    kernels.normalize(x, kernels.moments(x), None, None, EPS, running)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_running_statistics_move_as_those_of_nn_batch_norm(kernels, dtype):
+    theirs = nn.BatchNorm1d(3, dtype=torch.float64)
+    ours = Running(torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype).repeat_interleave(2)[::2], torch.tensor(0))
+    versions = [t._version for t in ours[:3]]
+    for seed, momentum in enumerate([0.25, 1, torch.tensor(0.5, dtype=torch.float64), 0.0]):
+        x = random((4, 3, 5), torch.float64, mean=2, seed=seed)
+        theirs.momentum = float(momentum)
+        theirs(x)
+        move(kernels, ours._replace(momentum=momentum), x)
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-7 if dtype == torch.float32 else 1e-12}
+    torch.testing.assert_close(ours.mean.double(), theirs.running_mean, **tolerance)
+    torch.testing.assert_close(ours.var.double(), theirs.running_var, **tolerance)
+    assert ours.batches.item() == 4
+    assert all(t._version > before for t, before in zip(ours[:3], versions, strict=True))
+
+
+def test_without_momentum_they_are_averages(kernels):
+    theirs = nn.BatchNorm1d(3, momentum=None, dtype=torch.float64)
+    ours = Running(torch.full((3,), 7.0).double(), torch.full((3,), 7.0).double(), torch.tensor(0), None)
+    for seed in range(3):
+        x = random((4, 3, 5), torch.float64, seed=seed)
+        theirs(x)
+        move(kernels, ours, x)
+        torch.testing.assert_close(ours.mean, theirs.running_mean, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(ours.var, theirs.running_var, rtol=1e-12, atol=1e-14)
+    untouched = ours.mean.clone()
+    move(kernels, Running(ours.mean, None, None, None), x)  # no count: no average
+    assert torch.equal(ours.mean, untouched)
+
+
+def test_a_batch_without_values_is_counted_and_moves_nothing_else(kernels):
+    running = Running(torch.tensor([1.0, torch.inf]), torch.tensor([2.0, torch.nan]), torch.tensor(4))
+    before = [t.clone() for t in running[:2]]
+    move(kernels, running, torch.empty(0, 2))
+    assert running.batches.item() == 5
+    assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(running[:2], before, strict=True))
+
+
+@pytest.mark.parametrize("momentum", [0.5, None])
+def test_a_forward_that_was_counted_moves_nothing(momentum):
+    running = Running(torch.ones(2), torch.ones(2), torch.tensor(0), momentum)
+    total = total_of(random((4, 2), torch.float32))
+    total[-1] = -1
+    update_running(running, total)
+    assert [t.tolist() for t in running[:3]] == [[1, 1], [1, 1], 0]
+
+
+def test_one_value_has_no_variance(kernels):
+    running = Running(torch.ones(2), torch.ones(2), torch.tensor(0))
+    with pytest.raises(InputError, match="more than 1 value"):
+        move(kernels, running, torch.zeros(1, 2))
+    assert [t.tolist() for t in running[:3]] == [[1, 1], [1, 1], 0]
+
+
+# The boundary of the compiled module. Each argument lies between guards.
+SIZE, CHANNELS, GUARD = (2, 3, 67), 3, 100
+
+
+def guarded(numel, dtype=torch.float64):
+    return torch.full((GUARD + numel + GUARD,), 0.5, dtype=dtype)[GUARD:-GUARD]
+
+
+def arguments():
+    """Of each entry, by name, in order; those it writes to come last in WRITTEN."""
+    big, c = {name: guarded(2 * 3 * 67, torch.float32).view(SIZE) for name in ("x", "y", "dy", "dx")}, CHANNELS
+    of, channel = {"total": guarded(2 * c + 1), "statistics": guarded(2 * c + 1)}, guarded(c, torch.float32)
+    running = Running(guarded(c, torch.float32), guarded(c), torch.tensor(0), 0.5)
+    return {
+        "moments": {"x": big["x"], "payload": guarded(2 * c + 1)},
+        "normalize": {
+            "x": big["x"], "y": big["y"], **of, "weight": channel, "bias": channel, "eps": EPS, "running": running,
+        },
+        "backward_sums": {"dy": big["dy"], "x": big["x"], "statistics": of["statistics"], "payload": guarded(2 * c)},
+        "backward_input": {
+            "dy": big["dy"], "x": big["x"], "dx": big["dx"], "statistics": of["statistics"], "weight": channel,
+            "sums": guarded(2 * c),
+        },
+    }  # fmt: skip
+
+
+WRITTEN = {
+    "moments": ["payload"],
+    "normalize": ["y", "statistics"],
+    "backward_sums": ["payload"],
+    "backward_input": ["dx"],
 }
-ARGUMENTS = {
-    "moments": ["x"],
-    "normalize": ["x", "statistics", "weight", "bias"],
-    "backward_sums": ["dy", "x", "statistics"],
-    "backward_input": ["dy", "x", "statistics", "weight", "sums"],
-}
-CASES = [(kernel, argument) for kernel, arguments in ARGUMENTS.items() for argument in arguments]
+TENSORS = [(entry, name) for entry, named in arguments().items() for name in named if name not in ("eps", "running")]
+RUNNING = ["running_mean", "running_var", "num_batches_tracked"]
 
 
-def call(kernel, **replaced):
-    return getattr(kernels, kernel)(*[replaced.get(name, GOOD[name]) for name in ARGUMENTS[kernel]])
+def call(entry, named):
+    return getattr(_native, entry)(1, *named.values())
 
 
-@pytest.mark.parametrize(("kernel", "argument"), CASES)
-def test_refuses_by_name(kernel, argument):
-    call(kernel)
-    good = GOOD[argument]
-    with pytest.raises(DTypeError, match=f"^{argument}: expected .*int32"):
-        call(kernel, **{argument: good.int()})
-    for bad in (good.to("meta"), good.to_sparse()):
-        with pytest.raises(InputError, match=f"^{argument}: expected a strided tensor on the CPU"):
-            call(kernel, **{argument: bad})
-    shape = re.escape(str((5,)))
-    if argument != "x":
-        with pytest.raises(InputError, match=f"^{argument}: expected .*shape.* got {shape}"):
-            call(kernel, **{argument: torch.zeros(5, dtype=good.dtype)})
-    else:
-        with pytest.raises(InputError, match=f"^x: expected 2D or more, .* got {shape}"):
-            call(kernel, x=torch.zeros(5))
+def untouched(entry, named):
+    tensors = [named[name] for name in WRITTEN[entry]] + [t for t in named.get("running") or () if torch.is_tensor(t)]
+    return all((t == 0.5).all() or (t.dtype == torch.int64 and not t.any()) for t in tensors)
 
 
-def test_refuses_dy_of_another_dtype():
-    with pytest.raises(DTypeError, match=r"^dy: expected the dtype of x, torch\.float32, got torch\.float16"):
-        call("backward_sums", dy=GOOD["dy"].half())
+@pytest.mark.parametrize("entry", WRITTEN)
+def test_nothing_is_written_outside(native, entry):
+    for count in (0, 402 // 3):  # of values, in the total
+        named = arguments()[entry]
+        if entry == "normalize":
+            named["total"][-1] = count
+        call(entry, named)
+        assert not untouched(entry, named)
+        for tensor in named.values():
+            if torch.is_tensor(tensor):
+                whole = tensor._base if tensor._base is not None else tensor
+                guards = torch.cat([whole[:GUARD], whole[-GUARD:]])
+                assert (guards == 0.5).all()
+
+
+def wrong_sizes(tensor):
+    """Too short, too long, empty; of x, those that no other argument fits."""
+    if tensor.dim() == 1:
+        return [tensor[:-1], torch.cat([tensor, tensor[:1]]), tensor[:0]]
+    return [tensor[:1], tensor[:, :2], torch.cat([tensor, tensor]), tensor[:0], tensor[:, :, 1:].contiguous()]
+
+
+@pytest.mark.parametrize(("entry", "name"), TENSORS)
+def test_wrong_lengths_are_refused_by_name_before_anything_is_written(entry, name):
+    good = arguments()[entry][name]
+    for wrong in [good[:, :2]] if (entry, name) == ("moments", "x") else wrong_sizes(good):
+        named = {**arguments()[entry], name: wrong}
+        with pytest.raises(ValueError, match=r"^\w+: expected "):
+            call(entry, named)
+        assert untouched(entry, named)
+    if name != "x":  # of that, all others would be wrong
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            call(entry, named)
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_wrong_lengths_of_buffers(position):
+    for length in (2, 4, 0):
+        named = arguments()["normalize"]
+        running = list(named["running"])
+        running[position] = torch.zeros(length, dtype=torch.int64 if position == 2 else torch.float32)
+        named["running"] = tuple(running)
+        with pytest.raises(ValueError, match=f"^{RUNNING[position]}: expected "):
+            call("normalize", named)
+        assert (named["y"] == 0.5).all()
+
+
+@pytest.mark.parametrize(("entry", "name"), TENSORS)
+def test_what_is_no_memory_of_the_cpu_is_refused_by_name(entry, name):
+    good = arguments()[entry][name]
+    integers = {**arguments()[entry], name: good.long()}
+    with pytest.raises(TypeError, match=f"^{name}: unexpected torch.int64|^{'y|dy|dx'}: unexpected torch.float32"):
+        call(entry, integers)
+    freed = good.clone()
+    freed.untyped_storage().resize_(0)
+    for wrong, why in ((good.to("meta"), "on the CPU"), (Wrapper(good), "no memory of its own"), (freed, "no memory")):
+        named = {**arguments()[entry], name: wrong}
+        with pytest.raises((ValueError, RuntimeError), match=f"^{name}: .*{why}"):
+            call(entry, named)
+        assert untouched(entry, {**named, name: arguments()[entry][name]})
+
+
+def test_results_have_dense_memory():
+    named = arguments()["moments"]
+    for wrong in (torch.zeros(1).double().expand(7), torch.zeros(14).double()[::2]):
+        with pytest.raises(ValueError, match=r"^payload: expected a contiguous tensor"):
+            call("moments", {**named, "payload": wrong})
+    with pytest.raises(ValueError, match=r"^x: expected a dense tensor"):
+        call("moments", {**named, "x": named["x"][..., ::2]})
+
+
+def test_absent_parameters_are_none_and_nothing_else(native):
+    named = arguments()["normalize"]
+    named["total"].copy_(identity(3))
+    absent = {**named, "weight": None, "bias": None, "running": None, "eps": 0.0}
+    call("normalize", absent)
+    assert torch.equal(named["y"], named["x"])
+    with pytest.raises(ValueError, match=r"^weight: expected 3 values, got 0"):
+        call("normalize", {**named, "weight": torch.empty(0)})
+
+
+class Wrapper(torch.Tensor):
+    """A tensor around another, as DTensor is: without memory."""
+
+    @staticmethod
+    def __new__(cls, of):
+        return torch.Tensor._make_wrapper_subclass(cls, of.shape, dtype=of.dtype, device=of.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+class Named(torch.Tensor):
+    pass
+
+
+def strange_tensors():
+    x = torch.randn(3)
+    return {
+        "wrapper": Wrapper(x),
+        "subclass": x.as_subclass(Named),
+        "negative view": torch._neg_view(x),
+        "imaginary part of a conjugate": torch.randn(3, dtype=torch.complex64).conj().imag,
+        "complex": torch.randn(3, dtype=torch.complex64),
+        "meta": x.to("meta"),
+        "sparse": x.to_sparse(),
+        "float8": x.to(torch.float8_e4m3fn),
+    }
+
+
+@pytest.mark.parametrize("kind", strange_tensors())
+def test_strange_tensors_go_to_the_composed_kernels(kind):
+    x, strange = torch.randn(2, 3), strange_tensors()[kind]
+    plain = (x, nn.Parameter(x), nn.Buffer(x), None, torch.tensor(0))
+    assert kernels_for(*plain) is compiled
+    for position in range(len(plain)):
+        tensors = list(plain)
+        tensors[position] = strange
+        assert not compiled.takes(*tensors)
+        assert kernels_for(*tensors) is _composed
+
+
+def test_wrapped_tensors_go_to_the_composed_kernels():
+    weight, chosen = torch.ones(2), []
+
+    def f(x):
+        chosen.append((kernels_for(x), kernels_for(weight), kernels_for(weight, x)))
+        return (x * 2).sum()
+
+    torch.func.grad(f)(torch.randn(3, 2))
+    torch.vmap(f)(torch.randn(3, 2))
+    assert chosen == [(_composed, compiled, _composed)] * 2
+
+
+def test_negative_views_are_read_right():
+    x = random((4, 3, 5), torch.float32)
+    negative = torch._neg_view(x)
+    kernels = kernels_for(x, negative)
+    assert torch.equal(kernels.moments(negative)[:3], -kernels.moments(x)[:3])
+
+
+def test_the_environment_forces_the_composed_kernels(monkeypatch):
+    assert kernels_for(torch.ones(1)) is compiled
+    with composed_only():
+        assert kernels_for(torch.ones(1)) is _composed
+    assert kernels_for(torch.ones(1)) is compiled
+    monkeypatch.setattr(_select, "_sets", None)
+    monkeypatch.setenv("SYNCBN_KERNELS", "composed")
+    assert kernels_for(torch.ones(1)) is _composed
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, *arguments], check=False, capture_output=True, text=True, timeout=50)
+
+
+def test_without_compiled_kernels_it_says_so_once_and_raises_nothing():
+    """Not a warning: python -W error would make an exception of it, on one rank alone."""
+    code = (
+        "import sys; sys.modules['syncbn._native'] = None\n"
+        "import torch; from syncbn.kernels import kernels_for, _composed\n"
+        "assert kernels_for(torch.ones(2, 2)) is kernels_for(torch.ones(2)) is _composed\n"
+    )
+    job = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], check=False, capture_output=True, text=True, timeout=50
+    )
+    assert job.returncode == 0, job.stderr
+    assert job.stderr.count("compiled CPU kernels") == 1
+
+
+def test_objects_alive_at_exit_are_quiet():
+    code = "import syncbn._native as n, builtins; builtins.alive = [n.moments]; sys = __import__('sys'); sys.alive = n"
+    job = run("-c", code)
+    assert (job.returncode, job.stderr) == (0, "")
 
 
 def test_refuses_unknown_instruction_sets():

@@ -250,9 +250,9 @@ def test_an_averaged_model_evaluates_and_trains_with_the_group():
 BAD_INPUT = {
     "1D": (torch.ones(3), InputError, r"2D or more input, got 1D of shape \(3,\)"),
     "scalar": (torch.tensor(1.0), InputError, "2D or more input, got 0D"),
-    "channels": (torch.ones(2, 4, 5), InputError, r"expected 3 channels, got 4 in input of shape \(2, 4, 5\)"),
-    "channels last": (torch.ones(2, 5, 5, 3), InputError, "expected 3 channels, got 5"),
-    "no channels": (torch.ones(2, 0), InputError, "expected 3 channels, got 0"),
+    "channels": (torch.ones(2, 4, 5), InputError, r"shape \(4,\) for input of shape \(2, 4, 5\), got \(3,\)"),
+    "channels last": (torch.ones(2, 5, 5, 3), InputError, r"shape \(5,\) for input of shape \(2, 5, 5, 3\)"),
+    "no channels": (torch.ones(2, 0), InputError, "at least 1 channel"),
     "integer": (torch.ones(2, 3, dtype=torch.int64), DTypeError, r"floating-point input, got torch.int64"),
     "complex": (torch.ones(2, 3, dtype=torch.complex64), DTypeError, "floating-point input, got torch.complex64"),
 }
@@ -265,6 +265,20 @@ def test_bad_input(x, error, message, training):
     with pytest.raises(error, match=message):
         layer(x)
     assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantised_input():
+    x = torch.quantize_per_tensor(torch.ones(2, 3), 1.0, 0, torch.quint8)
+    with pytest.raises(DTypeError, match=r"floating-point input, got torch.quint8: pass input.dequantize\(\)"):
+        SyncBatchNorm(3, process_group=Unreachable())(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_state_the_layer_knows_its_channels(training):
+    layer = SyncBatchNorm(3, affine=False, track_running_stats=False, process_group=Unreachable()).train(training)
+    with pytest.raises(InputError, match=r"expected 3 channels, got 4 in input of shape \(2, 4\)"):
+        layer(torch.ones(2, 4))
 
 
 def test_errors_are_those_of_python_too():
@@ -311,3 +325,97 @@ def test_device_and_dtype_are_those_of_nn_batch_norm():
     assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
     assert layer.running_mean.dtype == layer.weight.dtype == torch.bfloat16
     assert layer.num_batches_tracked.dtype == torch.int64
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_pruned_channels(affine):
+    """Parameters and buffers are cut, `num_features` is stale: nn.BatchNorm goes by the tensors."""
+    ours, theirs = [trained(cls(5, affine=affine)) for cls in (SyncBatchNorm, nn.BatchNorm1d)]
+    kept = torch.tensor([0, 2, 3])
+    for layer in (ours, theirs):
+        for tensor in [*layer.parameters(), *layer.buffers()]:
+            if tensor.dim():
+                tensor.data = tensor.data[kept]
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SyncBatchNorm(3),
+        lambda: type("Own", (SyncBatchNorm,), {})(3),
+        lambda: syncbn.convert_sync_batchnorm(nn.SyncBatchNorm(3)),
+        lambda: syncbn.convert_sync_batchnorm(nn.BatchNorm1d(3)),
+        lambda: syncbn.convert_sync_batchnorm(nn.BatchNorm3d(3)),
+    ],
+    ids=["made", "derived", "from nn.SyncBatchNorm", "from 1d", "from 3d"],
+)
+def test_the_usual_filters_find_the_layer(make):
+    """Trainers take weight decay off by these classes; DDP refuses the last of them on a CPU."""
+    layer = make()
+    found = [c for c in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm) if isinstance(layer, c)]
+    assert len(found) == 1
+    assert found[0] is not nn.SyncBatchNorm
+    assert isinstance(layer, SyncBatchNorm)
+    assert issubclass(type(layer), SyncBatchNorm)
+    assert not isinstance(nn.BatchNorm2d(3), SyncBatchNorm)
+
+
+def test_the_default_device_does_not_matter():
+    x = torch.randn(4, 3, requires_grad=True)
+    layer, expected = SyncBatchNorm(3), nn.BatchNorm1d(3)
+    torch.set_default_device("meta")
+    try:
+        y = layer(x)
+        y.square().sum().backward()
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(y, expected(x))
+    torch.testing.assert_close(layer.running_var, expected.running_var)
+
+
+class Labelled(torch.Tensor):
+    """A subclass that leaves the work to torch."""
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_subclass_of_tensor_comes_out_as_from_nn_batch_norm(training):
+    x = torch.randn(4, 3).as_subclass(Labelled)
+    ours, theirs = [cls(3).train(training)(x) for cls in (SyncBatchNorm, nn.BatchNorm1d)]
+    assert type(ours) is type(theirs) is Labelled
+    torch.testing.assert_close(ours.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor))
+
+
+def negative(x):
+    """A view that reads its memory with the other sign."""
+    view = torch.complex(torch.zeros_like(x), x).conj().imag
+    assert view.is_neg()
+    return view
+
+
+@pytest.mark.parametrize("which", ["input", "weight", "bias", "gradient"])
+def test_a_negative_view(which):
+    x, dy = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    weight, bias = torch.rand(2, 3, dtype=torch.float64) + 0.5
+    arguments = {"input": x, "weight": weight, "bias": bias, "gradient": dy}
+    outcomes = []
+    for change in (negative, torch.neg):
+        given = {**arguments, which: change(arguments[which])}
+        leaf = given["input"].detach().requires_grad_()
+        y = syncbn.functional.sync_batch_norm(leaf, None, None, given["weight"], given["bias"])
+        outcomes.append([y, *torch.autograd.grad(y, leaf, given["gradient"])])
+    torch.testing.assert_close(*outcomes, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", ["input", "weight", "running_mean"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_tensor_whose_values_are_elsewhere_is_refused(which, training):
+    """A DTensor has no memory of its own to be read."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    arguments = {"input": torch.randn(4, 3), "weight": torch.ones(3), "running_mean": torch.zeros(3)}
+    arguments[which] = TwoTensor(arguments[which], arguments[which])
+    with pytest.raises(DTypeError, match=rf"ordinary tensor as {which}, got a TwoTensor.*DTensor.to_local"):
+        syncbn.functional.sync_batch_norm(**arguments, training=training, process_group=Unreachable())

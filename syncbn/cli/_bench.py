@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,16 @@ from torch import Tensor, nn
 import syncbn
 from syncbn.comm import Communicator, SingleProcess
 from syncbn.errors import BackendError
+from syncbn.kernels import composed_only
 
-from ._measure import Variants, interleaved, median, paired_ratio
+from ._measure import Variants, device, interleaved, median, paired_ratio
+from ._training import resnet
 
 Record = dict[str, Any]
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-LARGE, SMALL = (2, 256, 100, 152), (2, 64, 8, 8)
+LARGE, DEEP, WIDE, SMALL = (2, 256, 100, 152), (2, 2048, 7, 7), (8, 32, 32, 32), (2, 64, 8, 8)
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Case:
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.shape))} {self.memory_format} {self.dtype}"
 
-    def random(self, device: str) -> Tensor:
+    def random(self) -> Tensor:
         """Return a tensor of this shape, dtype and memory format."""
-        x = torch.randn(self.shape, device=device).to(DTYPES[self.dtype])
+        x = torch.randn(self.shape, device=device()).to(DTYPES[self.dtype])
         return x.to(memory_format=FORMATS[self.memory_format])
 
 
@@ -54,21 +55,27 @@ CASES = (
     Case(LARGE, dtype="float16"),
     Case((2, 64, 200, 304)),
     Case((2, 512, 50, 76)),
-    Case((2, 2048, 7, 7)),
-    Case((8, 32, 32, 32)),
-    Case((8, 32, 32, 32), "channels_last"),
+    Case(DEEP),
+    Case(WIDE),
+    Case(WIDE, "channels_last"),
     Case(SMALL),
 )
 
-# (what, at most): the project's own bars, for 2 ranks of one thread.
+# (what, at most): the project's own bars, for 2 ranks of one thread. "one rank": each by itself, without peers.
 BARS = {
     "large contiguous / nn.BatchNorm2d": 0.75,
     "large channels_last / nn.BatchNorm2d": 0.85,
     "large contiguous / (floor + collectives)": 1.3,
-    "small layer / one Gloo all-reduce": 0.5,
+    "(2, 2048, 7, 7) contiguous, one rank / nn.BatchNorm2d": 1.0,
+    "(8, 32, 32, 32) contiguous, one rank / nn.BatchNorm2d": 1.0,
+    "(8, 32, 32, 32) channels_last, one rank / nn.BatchNorm2d": 1.0,
+    "small layer, one rank / nn.BatchNorm2d": 1.5,
+    "small layer / one Gloo all-reduce": 0.3,
     "large bfloat16 / float32": 0.8,
     "large float16 / float32": 0.8,
-    "ResNet step, sync / local": 1.0,
+    "ResNet step, sync / local": 1.02,
+    "large norm + ReLU, compiled / eager": 1.2,
+    "small norm + ReLU, compiled / eager": 2.0,
 }
 
 
@@ -96,6 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
         "machine": machine(comm),
         "latency": latency(comm, arguments.repeats),
         "layer": [layer(case, comm, arguments.repeats) for case in CASES],
+        "compiled": [compiled(Case(shape), comm, arguments.repeats) for shape in (LARGE, SMALL)],
         "resnet": resnet(comm, arguments.repeats),
         "saved": saved_for_backward(),
         "errors": [errors(dtype, layout) for dtype in ("float32", "bfloat16", "float16") for layout in FORMATS],
@@ -127,7 +135,7 @@ def latency(comm: Communicator, repeats: int) -> list[Record]:
     """Time one all-reduce of float64 vectors, over `comm` and over the plain backend beneath it."""
     rows = []
     for numel in (1, 129, 1025, 8193):
-        x = torch.zeros(numel, dtype=torch.float64, device=_device())
+        x = torch.zeros(numel, dtype=torch.float64, device=device())
         variants = {type(comm).__name__: _call(comm.all_reduce, x), **_plain_backend(x)}
         times = interleaved(variants, comm, 20 * repeats)
         rows += [{"numel": numel, "over": name, "seconds": median(t)} for name, t in times.items()]
@@ -146,18 +154,20 @@ def _call(fn: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
 
 def layer(case: Case, comm: Communicator, repeats: int) -> Record:
     """Time forward and backward of one layer in all variants."""
-    x, dy = case.random(_device()).requires_grad_(), case.random(_device())
-    plain = nn.BatchNorm2d(case.shape[1], device=_device())
-    sync = syncbn.SyncBatchNorm(case.shape[1], device=_device())
+    x, dy = case.random().requires_grad_(), case.random()
+    plain = nn.BatchNorm2d(case.shape[1], device=device())
+    sync = syncbn.SyncBatchNorm(case.shape[1], device=device())
+    alone = syncbn.SyncBatchNorm(case.shape[1], process_group=SingleProcess(), device=device())
     variants: dict[str, Callable[[], object]] = {
         "syncbn": lambda: forward_backward(sync, x, dy),
+        "one rank": lambda: forward_backward(alone, x, dy),
         "nn.BatchNorm2d": lambda: forward_backward(plain, x, dy),
         "composed": lambda: _composed(sync, x, dy),
         "collectives": lambda: _bare_collectives(comm, case.shape[1]),
-        **_plain_backend(torch.zeros(2 * case.shape[1] + 1, dtype=torch.float64, device=_device())),
+        **_plain_backend(torch.zeros(2 * case.shape[1] + 1, dtype=torch.float64, device=device())),
     }
     if torch.cuda.is_available() and comm.size > 1:
-        native = nn.SyncBatchNorm(case.shape[1], device=_device())
+        native = nn.SyncBatchNorm(case.shape[1], device=device())
         variants["nn.SyncBatchNorm"] = lambda: forward_backward(native, x, dy)
     if case.dtype == "float32":
         variants["floor"] = _streaming_floor(x.detach(), dy)
@@ -167,6 +177,7 @@ def layer(case: Case, comm: Communicator, repeats: int) -> Record:
         "case": str(case),
         "seconds": {name: median(t) for name, t in times.items()},
         "to_batch_norm": paired_ratio(times["syncbn"], times["nn.BatchNorm2d"]),
+        "one_rank_to_batch_norm": paired_ratio(times["one rank"], times["nn.BatchNorm2d"]),
         "to_floor": _to_floor(times) if with_floor else None,
         "to_backend": paired_ratio(times["syncbn"], times[dist.get_backend()]) if dist.is_initialized() else None,
         "times": times["syncbn"],
@@ -180,22 +191,13 @@ def forward_backward(module: nn.Module, x: Tensor, dy: Tensor) -> None:
 
 
 def _composed(module: nn.Module, x: Tensor, dy: Tensor) -> None:
-    with _environment("SYNCBN_KERNELS", "composed"):
+    with composed_only():
         forward_backward(module, x, dy)
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 def _bare_collectives(comm: Communicator, channels: int) -> None:
     for numel in (2 * channels + 1, 2 * channels):
-        comm.all_reduce(torch.zeros(numel, dtype=torch.float64, device=_device()))
+        comm.all_reduce(torch.zeros(numel, dtype=torch.float64, device=device()))
 
 
 def _streaming_floor(x: Tensor, dy: Tensor) -> Callable[[], None]:
@@ -216,68 +218,36 @@ def _to_floor(times: dict[str, list[float]]) -> float:
     return paired_ratio(times["syncbn"], least)
 
 
-class Block(nn.Module):
-    """A residual block of two convolutions."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norm(outputs), nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), norm(outputs),
-        )  # fmt: skip
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return body + shortcut, rectified."""
-        return torch.relu(self.body(x) + self.shortcut(x))
-
-
-def small_resnet(norm: Callable[[int], nn.Module]) -> nn.Module:
-    """Return a residual network of 15 convolutions and 11 norm layers for (N, 3, H, W)."""
-    widths = [32, 32, 64, 64, 128, 128]
-    blocks = [Block(a, b, 1 if a == b else 2, norm) for a, b in itertools.pairwise(widths)]
-    stem = [nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), norm(widths[0]), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
-
-
-def resnet(comm: Communicator, repeats: int) -> Record:
-    """Time a whole step of a small ResNet, two images a rank: forward, backward, gradients averaged, SGD."""
-    norms: dict[str, Callable[[int], nn.Module]] = {
-        "local": nn.BatchNorm2d,
-        "sync": syncbn.SyncBatchNorm,
-        "none": lambda channels: nn.Identity(),
+def compiled(case: Case, comm: Communicator, repeats: int) -> Record:
+    """Time norm + ReLU, forward and backward, under torch.compile and in eager; not where inductor has no compiler."""
+    if device() == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        return {"case": str(case), "seconds": {}, "to_eager": None}
+    torch.compiler.reset()  # another shape in the same code would be compiled for any shape
+    x, dy = case.random().requires_grad_(), case.random()
+    eager, graph = (nn.Sequential(syncbn.SyncBatchNorm(case.shape[1], device=device()), nn.ReLU()) for _ in range(2))
+    graph.compile(fullgraph=True)
+    forward_backward(graph, x, dy)  # compiles; what a second run may compile again is left to the run to warm up
+    variants = {
+        "compiled": lambda: forward_backward(graph, x, dy),
+        "eager": lambda: forward_backward(eager, x, dy),
     }
-    steps = {name: _training_step(small_resnet(norm).to(_device())) for name, norm in norms.items()}
-    times = interleaved(steps, comm, repeats)
+    times = interleaved(variants, comm, repeats)
     return {
+        "case": str(case),
         "seconds": {name: median(t) for name, t in times.items()},
-        "sync_to_local": paired_ratio(times["sync"], times["local"]),
-        "local_to_none": paired_ratio(times["local"], times["none"]),
+        "to_eager": paired_ratio(times["compiled"], times["eager"]),
     }
-
-
-def _training_step(model: nn.Module) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    images, labels = torch.randn(2, 3, 128, 128, device=_device()), torch.tensor([1, 2], device=_device())
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss: Any = nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
-        syncbn.average_gradients(model)
-        optimizer.step()
-
-    return step
 
 
 def saved_for_backward() -> Record:
     """Count the numbers that each layer keeps for backward beside its input and parameters, at (2, 64, 8, 8)."""
-    return {"nn.BatchNorm2d": _saved(nn.BatchNorm2d(64)), "syncbn": _saved(syncbn.SyncBatchNorm(64)), "2C": 128}
+    layers = {"nn.BatchNorm2d": nn.BatchNorm2d(64, device="cpu"), "syncbn": syncbn.SyncBatchNorm(64, device="cpu")}
+    return {**{name: _saved(layer) for name, layer in layers.items()}, "2C": 128}
 
 
 def _saved(module: nn.Module) -> int:
     saved: list[Tensor] = []
-    x = torch.randn(SMALL, requires_grad=True)
+    x = torch.randn(SMALL, requires_grad=True, device="cpu")
 
     def pack(t: Tensor) -> Tensor:
         saved.append(t)
@@ -292,12 +262,12 @@ def _saved(module: nn.Module) -> int:
 def errors(dtype: str, memory_format: str) -> Record:
     """Return the layer's root mean square error against float64, and that of nn.BatchNorm2d, on one replica."""
     case = Case((8, 64, 56, 56), memory_format, dtype)
-    x, dy = case.random(_device()), case.random(_device())
+    x, dy = case.random(), case.random()
     layers = {
-        "syncbn": syncbn.SyncBatchNorm(64, process_group=SingleProcess(), device=_device(), dtype=DTYPES[dtype]),
-        "nn.BatchNorm2d": nn.BatchNorm2d(64, device=_device(), dtype=DTYPES[dtype]),
+        "syncbn": syncbn.SyncBatchNorm(64, process_group=SingleProcess(), device=device(), dtype=DTYPES[dtype]),
+        "nn.BatchNorm2d": nn.BatchNorm2d(64, device=device(), dtype=DTYPES[dtype]),
     }
-    reference = _outcome(nn.BatchNorm2d(64, device=_device(), dtype=torch.float64), x.double(), dy.double())
+    reference = _outcome(nn.BatchNorm2d(64, device=device(), dtype=torch.float64), x.double(), dy.double())
     of: dict[str, dict[str, float]] = {}
     for name, module in layers.items():
         found = _outcome(module, x, dy)
@@ -319,19 +289,26 @@ def _outcome(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 
 def bars(results: Record) -> list[Record]:
     """Set the measured ratios beside the project's bars; those that need two ranks only where they are."""
-    layers = {row["case"]: row for row in results["layer"]}
-    large, last, small = layers[str(CASES[0])], layers[str(CASES[1])], layers[str(Case(SMALL))]
+    layers: dict[str, Record] = {row["case"]: row for row in results["layer"]}
+
+    def row(shape: tuple[int, int, int, int], memory_format: str = "contiguous", dtype: str = "float32") -> Record:
+        return layers[str(Case(shape, memory_format, dtype))]
+
+    large, wide_last = row(LARGE), row(WIDE, "channels_last")
+    in_large, in_small = (measured["to_eager"] for measured in results["compiled"])
     measured = {
         "large contiguous / nn.BatchNorm2d": large["to_batch_norm"],
-        "large channels_last / nn.BatchNorm2d": last["to_batch_norm"],
+        "large channels_last / nn.BatchNorm2d": row(LARGE, "channels_last")["to_batch_norm"],
         "large contiguous / (floor + collectives)": large["to_floor"],
-        "small layer / one Gloo all-reduce": small["to_backend"],
-        "large bfloat16 / float32": paired_ratio(layers[str(Case(LARGE, dtype="bfloat16"))]["times"], large["times"]),
-        "large float16 / float32": paired_ratio(layers[str(Case(LARGE, dtype="float16"))]["times"], large["times"]),
+        "(2, 2048, 7, 7) contiguous, one rank / nn.BatchNorm2d": row(DEEP)["one_rank_to_batch_norm"],
+        "(8, 32, 32, 32) contiguous, one rank / nn.BatchNorm2d": row(WIDE)["one_rank_to_batch_norm"],
+        "(8, 32, 32, 32) channels_last, one rank / nn.BatchNorm2d": wide_last["one_rank_to_batch_norm"],
+        "small layer, one rank / nn.BatchNorm2d": row(SMALL)["one_rank_to_batch_norm"],
+        "small layer / one Gloo all-reduce": row(SMALL)["to_backend"],
+        "large bfloat16 / float32": paired_ratio(row(LARGE, dtype="bfloat16")["times"], large["times"]),
+        "large float16 / float32": paired_ratio(row(LARGE, dtype="float16")["times"], large["times"]),
         "ResNet step, sync / local": results["resnet"]["sync_to_local"],
+        "large norm + ReLU, compiled / eager": in_large,
+        "small norm + ReLU, compiled / eager": in_small,
     }
     return [{"bar": name, "at_most": BARS[name], "measured": value} for name, value in measured.items()]
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

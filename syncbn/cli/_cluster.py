@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
@@ -16,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
+from syncbn._compiled import native
 from syncbn._launcher import Launch
 from syncbn.comm import Communicator, SharedMemory, TorchDistributed
-from syncbn.comm import _shared_memory as shared_memory
 from syncbn.errors import BackendError
 
 from ._job import plural
@@ -45,7 +46,21 @@ class Facts:
     python: str
     torch: str
     syncbn: str
-    shared_memory: bool
+    compiled: str  # the instruction set of the compiled module; "" where that is missing
+    kernels_setting: str  # SYNCBN_KERNELS
+    shared_memory_setting: str  # SYNCBN_SHARED_MEMORY
+
+    @property
+    def kernels(self) -> str:
+        """What works on its tensors: "composed" is plain torch operations."""
+        if self.kernels_setting == "composed":
+            return "composed"
+        return "CUDA" if self.device_id else self.compiled or "composed"
+
+    @property
+    def shared_memory(self) -> bool:
+        """Whether it can add CPU tensors in memory that it shares with the other ranks of its host."""
+        return bool(self.compiled) and self.shared_memory_setting != "0"
 
 
 def facts(launch: Launch, here: Network) -> Facts:
@@ -68,7 +83,9 @@ def facts(launch: Launch, here: Network) -> Facts:
         python=platform.python_version(),
         torch=torch.__version__,
         syncbn=syncbn.__version__,
-        shared_memory=shared_memory.AVAILABLE and os.environ.get("SYNCBN_SHARED_MEMORY") != "0",
+        compiled="" if native is None else native.instruction_sets()[0],
+        kernels_setting=os.environ.get("SYNCBN_KERNELS", ""),
+        shared_memory_setting=os.environ.get("SYNCBN_SHARED_MEMORY", ""),
     )
 
 
@@ -82,7 +99,7 @@ class Finding:
 
 def findings(world: Sequence[Facts]) -> list[Finding]:
     """Compare the ranks. Pure."""
-    return [*_versions(world), *_devices(world), *_addresses(world), *_cores(world)]
+    return [*_versions(world), *_devices(world), *_addresses(world), *_cores(world), *_paths(world)]
 
 
 def by_host(world: Iterable[Facts]) -> dict[str, list[Facts]]:
@@ -155,6 +172,31 @@ def _cores(world: Sequence[Facts]) -> Iterable[Finding]:
             yield Finding("warning", f"{text}, so they wait for one another: {remedy}")
 
 
+def _paths(world: Sequence[Facts]) -> Iterable[Finding]:
+    """Ranks on different paths compute the same, at different speeds."""
+    composed = [rank for rank in world if rank.kernels == "composed"]
+    if len(composed) < len(world):
+        turned_off = [rank for rank in composed if rank.kernels_setting == "composed"]
+        missing = [rank for rank in composed if rank not in turned_off]
+        slow = "in plain torch operations, several times slower, and the others wait for it"
+        if turned_off:
+            text = f"{_ranks(turned_off)}: SYNCBN_KERNELS=composed has the layers computed {slow}: unset it there"
+            yield Finding("warning", text)
+        if missing:
+            text = (
+                f"{_ranks(missing)}: without the compiled kernels the layers are computed {slow}, without shared memory"
+            )
+            remedy = "reinstall syncbn there with a C++ compiler and without SYNCBN_BUILD_NATIVE=0"
+            yield Finding("warning", f"{text}: {remedy}")
+    apart = [rank for rank in world if rank.shared_memory_setting == "0"]
+    over_gloo = world[0].variable == "GLOO_SOCKET_IFNAME"  # MPI and Horovod have ways of their own
+    if over_gloo and apart and len(apart) < len(world) and not all(rank.device_id for rank in world):
+        text = (
+            f"{_ranks(apart)}: SYNCBN_SHARED_MEMORY=0, so that CPU tensors reach the other ranks of the host by sockets"
+        )
+        yield Finding("warning", f"{text}: unset it there")
+
+
 @dataclass(frozen=True)
 class Collective:
     """One communicator's all-reduce.
@@ -215,7 +257,8 @@ def _within_hosts(comm: Communicator, world: Sequence[Facts], timeout: timedelta
         within = SharedMemory(comm, parts, timeout=timeout)
     except BackendError as error:  # on every rank
         return Collective(name, note=f"{error}: sockets are used instead; look at the limits of the container")
-    return _measured(name, within.all_reduce, within.rank, within.size, "cpu")
+    with contextlib.closing(within):
+        return _measured(name, within.all_reduce, within.rank, within.size, "cpu")
 
 
 def _measured(name: str, all_reduce: Callable[[Tensor], Tensor], rank: int, size: int, device: str) -> Collective:

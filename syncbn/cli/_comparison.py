@@ -66,6 +66,6 @@ def error_of(ours: Tensor, expected: Tensor, scale: float | None = None) -> floa
 
 def over_ranks(rows: Sequence[Row], comm: Communicator) -> list[Row]:
     """Give every row the largest error of all ranks. One all-reduce; the rows are the same on every rank."""
-    everybodys = gather(comm, torch.tensor([row.error for row in rows], dtype=torch.float64))
+    everybodys = gather(comm, torch.tensor([row.error for row in rows], dtype=torch.float64, device="cpu"))
     worst = everybodys.max(0).values.tolist()  # a NaN wins
     return [replace(row, error=error) for row, error in zip(rows, worst, strict=True)]

@@ -84,7 +84,7 @@ def _examine(launch: Launch, deadline: Deadline, *, as_json: bool) -> bool:
         report = Report(fit, launch.launcher, type(comm).__name__, world, outcomes, wrong)
         print(json.dumps(asdict(report)) if as_json else _cluster_text(report), flush=True)
     deadline.doing = "waiting for rank 0 to print"
-    comm.all_reduce(torch.zeros(1))  # the first rank that exits with 1 ends the job
+    comm.all_reduce(torch.zeros(1, device="cpu"))  # the first rank that exits with 1 ends the job
     return fit
 
 
@@ -111,7 +111,7 @@ def _installation_text(found: Sequence[Part]) -> str:
 
 
 def _cluster_text(report: Report) -> str:
-    names = ["rank", "host", "device", "interface", "address", "threads", "python", "torch", "syncbn"]
+    names = ["rank", "host", "device", "interface", "address", "threads", "kernels", "python", "torch", "syncbn"]
     ranks = [[str(getattr(rank, name)) or "-" for name in names] for rank in report.ranks]
     hosts = plural(len(by_host(report.ranks)), "host")
     return "\n".join(

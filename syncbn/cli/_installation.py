@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -113,8 +114,9 @@ def _shared_memory() -> Part:
 
 
 def _sum_in_shared_memory(comm: Communicator) -> float:
-    x = torch.tensor([comm.rank + 1.0], dtype=torch.float64)
-    return SharedMemory(comm).all_reduce(x).item()
+    x = torch.tensor([comm.rank + 1.0], dtype=torch.float64, device="cpu")
+    with contextlib.closing(SharedMemory(comm)) as memory:
+        return memory.all_reduce(x).item()
 
 
 def _host_name() -> Part:

@@ -95,18 +95,18 @@ def join(launch: Launch, deadline: Deadline) -> Communicator:
 
 def gather(comm: Communicator, numbers: Tensor) -> Tensor:
     """Return every rank's `numbers` (n,), float64, as (size, n). One all-reduce; n is the same on every rank."""
-    rows = torch.zeros(comm.size, numbers.numel(), dtype=torch.float64)
+    rows = torch.zeros(comm.size, numbers.numel(), dtype=torch.float64, device="cpu")
     rows[comm.rank] = numbers
     return comm.all_reduce(rows.flatten()).view_as(rows)
 
 
 def exchange(comm: Communicator, text: str) -> list[str]:
     """Return every rank's `text`, in rank order. Two all-reduces: of the lengths, and of the bytes as float64."""
-    mine = torch.tensor(list(text.encode()), dtype=torch.float64)
-    lengths = gather(comm, torch.tensor([float(mine.numel())])).flatten().long().tolist()
+    mine = torch.tensor(list(text.encode()), dtype=torch.float64, device="cpu")
+    lengths = gather(comm, mine.new_tensor([mine.numel()])).flatten().long().tolist()
     ends = list(itertools.accumulate(lengths))
     places = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-    whole = torch.zeros(ends[-1], dtype=torch.float64)
+    whole = mine.new_zeros(ends[-1])
     whole[places[comm.rank]] = mine
     numbers = comm.all_reduce(whole).to(torch.uint8).tolist()
     return [bytes(numbers[place]).decode() for place in places]

@@ -28,7 +28,7 @@ def interleaved(variants: Variants, comm: Communicator, repeats: int) -> dict[st
         shuffle(order)
         for name in order:
             run = variants[name]
-            comm.all_reduce(torch.zeros(1, device=_device()))
+            comm.all_reduce(torch.zeros(1, device=device()))
             _synchronize()
             start = time.perf_counter()
             run()
@@ -48,7 +48,8 @@ def paired_ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def _device() -> str:
+def device() -> str:
+    """Return where the benchmark's tensors are."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -99,7 +99,9 @@ def _prepare(
 
 def _inputs(module: Any, sample: Sequence[int] | None, samples: int) -> list[Tensor]:
     if sample is not None:
-        return [torch.randn(samples, *sample, generator=torch.Generator().manual_seed(0), dtype=torch.float64)]
+        return [
+            torch.randn(samples, *sample, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+        ]
     example = getattr(module, "example_inputs", None)
     if example is None:
         raise InputError(
@@ -127,7 +129,7 @@ def _train(model: nn.Module, inputs: Sequence[Tensor], part: slice) -> Outcome:
             )
     generator = torch.Generator().manual_seed(1)
     shapes = [(len(inputs[0]), *y.shape[1:]) for y in leaves]
-    gs = [torch.randn(shape, generator=generator, dtype=torch.float64)[part] for shape in shapes]
+    gs = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")[part] for shape in shapes]
     with_grad = [(y, g.to(y)) for y, g in zip(leaves, gs, strict=True) if y.requires_grad]
     if not with_grad:
         raise InputError("no floating-point output of the model requires grad: nothing to compare")

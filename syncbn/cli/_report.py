@@ -27,6 +27,7 @@ def show(results: Record) -> None:
     for table in (
         _latency(results["latency"]),
         _layers(results["layer"]),
+        _compiled(results["compiled"]),
         _resnet(results),
         _errors(results["errors"]),
         _bars(results["bars"]),
@@ -52,13 +53,22 @@ def _latency(rows: list[Record]) -> Table:
 
 def _layers(rows: list[Record]) -> Table:
     table = _table(
-        "Forward + backward of one layer, ms; ratios are medians of paired runs",
-        "input", "nn.BatchNorm2d", "composed", "syncbn", "floor", "/ nn.BatchNorm2d", "/ (floor + collectives)",
+        "Forward + backward of one layer, ms; BN is nn.BatchNorm2d; ratios are medians of paired runs",
+        "input", "BN", "composed", "floor", "one rank", "syncbn", "one rank / BN", "syncbn / BN", "/ (floor + sums)",
     )  # fmt: skip
     for row in rows:
         seconds = row["seconds"]
-        cells = [_ms(seconds.get(name)) for name in ("nn.BatchNorm2d", "composed", "syncbn", "floor")]
-        table.add_row(row["case"], *cells, _ratio(row["to_batch_norm"]), _ratio(row["to_floor"]))
+        cells = [_ms(seconds.get(name)) for name in ("nn.BatchNorm2d", "composed", "floor", "one rank", "syncbn")]
+        ratios = [_ratio(row[name]) for name in ("one_rank_to_batch_norm", "to_batch_norm", "to_floor")]
+        table.add_row(row["case"], *cells, *ratios)
+    return table
+
+
+def _compiled(rows: list[Record]) -> Table:
+    table = _table("Forward + backward of norm + ReLU under torch.compile, ms", "input", "compiled", "eager", "ratio")
+    for row in rows:
+        cells = [_ms(row["seconds"].get(name)) for name in ("compiled", "eager")]
+        table.add_row(row["case"], *cells, _ratio(row["to_eager"]))
     return table
 
 

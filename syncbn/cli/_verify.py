@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncbn import SyncBatchNorm
+from syncbn._compiled import native
 from syncbn._launcher import Launch, detect
 from syncbn.comm import Communicator
 from syncbn.errors import LaunchError, SyncBatchNormError
-from syncbn.kernels import kernels_for
 
 from ._comparison import Row, error_of, over_ranks
 from ._job import Deadline, end, join, plural, table
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
         if comm.rank == 0:
             _print(rows, arguments, launch, comm, device)
         deadline.doing = "waiting for rank 0 to print"
-        comm.all_reduce(torch.zeros(1))  # the first rank that exits with 1 ends the job
+        comm.all_reduce(torch.zeros(1, device="cpu"))  # the first rank that exits with 1 ends the job
     if not all(row.passed for row in rows):
         sys.exit(1)
 
@@ -168,10 +168,10 @@ def _data(case: Case, size: int) -> tuple[list[Tensor], list[Tensor], Tensor, Te
     dtype = DTYPES[case.dtype][0]
     xs, gs = [], []
     for rank, samples in enumerate(SHARES[case.shares](size)):
-        x, g = torch.randn(2, samples, CHANNELS, *space, generator=generator, dtype=torch.float64)
+        x, g = torch.randn(2, samples, CHANNELS, *space, generator=generator, dtype=torch.float64, device="cpu")
         xs.append((x * (1 + rank % 3) + rank % 5).to(dtype).double())
         gs.append(g.to(dtype).double())
-    weight, bias = torch.rand(2, CHANNELS, generator=generator).double() + 0.5
+    weight, bias = torch.rand(2, CHANNELS, generator=generator, device="cpu").double() + 0.5
     return xs, gs, weight, bias
 
 
@@ -186,7 +186,7 @@ def _whole_batch(
     """Return what must come out on `rank`."""
     x = torch.cat(list(xs)).requires_grad_()
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    mean, var = torch.zeros(CHANNELS).double(), torch.ones(CHANNELS).double()
+    mean, var = x.new_zeros(CHANNELS), x.new_ones(CHANNELS)
     y = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=MOMENTUM, eps=EPS)
     dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), torch.cat(list(gs)))
     start = sum(len(part) for part in xs[:rank])
@@ -213,7 +213,8 @@ def _step(layer: Any, x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, comm: 
 
 
 def _print(rows: Sequence[Row], arguments: argparse.Namespace, launch: Launch, comm: Communicator, device: str) -> None:
-    path = "compiled kernels" if kernels_for(torch.zeros(1, 1, device=device)) else "composed path"
+    composed = os.environ.get("SYNCBN_KERNELS") == "composed" or (device == "cpu" and native is None)
+    path = "composed path" if composed else "compiled kernels"
     world = {"launcher": launch.launcher, "ranks": comm.size, "world": type(comm).__name__, "device": device}
     if arguments.json:
         print(

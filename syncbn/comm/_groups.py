@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from syncbn.errors import GroupError
 
@@ -204,7 +205,7 @@ def check_spec(spec: ProcessGroup) -> None:
         raise GroupError(f"unknown process group {spec!r}: {_EXPECTED}")
     if isinstance(spec, int) and spec < 1 and spec != dist.GroupMember.NON_GROUP_MEMBER:
         raise GroupError(f"expected at least 1 replica per group, got {spec}")
-    if _is_mesh(spec) and spec.ndim != 1:
+    if isinstance(spec, DeviceMesh) and spec.ndim != 1:
         raise GroupError(
             f"expected a 1-D DeviceMesh, got {spec.ndim} dimensions {spec.mesh_dim_names}: slice one, mesh['name']"
         )
@@ -214,17 +215,12 @@ def _is_known(spec: ProcessGroup) -> bool:
     return (
         spec is None
         or _package(spec) in ("mpi4py", "horovod")  # before Communicator: asking COMM_NULL for its rank is an error
-        or isinstance(spec, (str, int, LostGroup, dist.ProcessGroup, Communicator))
-        or _is_mesh(spec)
+        or isinstance(spec, (str, int, LostGroup, dist.ProcessGroup, DeviceMesh, Communicator))
     )
 
 
-def _is_mesh(spec: ProcessGroup) -> bool:
-    return type(spec).__name__ == "DeviceMesh" and _package(spec) == "torch"
-
-
 def _package(spec: ProcessGroup) -> str:
-    return type(spec).__module__.partition(".")[0]
+    return str(type(spec).__module__).split(".")[0]
 
 
 def key_of(spec: ProcessGroup) -> str:
@@ -237,6 +233,12 @@ def key_of(spec: ProcessGroup) -> str:
         return "world"
     if isinstance(spec, BaseCommunicator):
         return spec.key
+    if torch.compiler.is_compiling():
+        return _key_in_trace(spec)
+    return _key_of(spec)
+
+
+def _key_of(spec: ProcessGroup) -> str:
     check_spec(spec)
     if isinstance(spec, LostGroup):
         return f"{_LOST}{spec.description}"
@@ -244,13 +246,31 @@ def key_of(spec: ProcessGroup) -> str:
         return _OUTSIDE
     if isinstance(spec, (str, int)):
         return str(spec)
-    if _is_mesh(spec):
+    if isinstance(spec, DeviceMesh):
         return _OUTSIDE if spec.get_coordinate() is None else key_of(spec.get_group())
     if _package(spec) == "mpi4py":
         return _key_of_mpi(spec)
     if isinstance(spec, dist.ProcessGroup) and dist.is_initialized() and spec is dist.group.WORLD:
         return "world"
     return _key_of_handle(spec)
+
+
+def _key_in_trace(spec: ProcessGroup) -> str:
+    """As `_key_of`; but of torch's groups a trace of torch.compile sees no more than the name."""
+    if isinstance(spec, DeviceMesh):
+        return _key_in_trace(spec.get_group())
+    if isinstance(spec, dist.ProcessGroup):
+        return _key_of_name(spec.group_name)  # type: ignore[no-any-return]
+    return _constant_key_of(spec)  # type: ignore[no-any-return]
+
+
+_constant_key_of = torch.compiler.assume_constant_result(_key_of)  # type: ignore[no-untyped-call]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _key_of_name(name: str) -> str:
+    torch_distributed: Any = dist.distributed_c10d
+    return _key_of(torch_distributed._resolve_process_group(name))
 
 
 _LOST, _OUTSIDE = "lost ", "outside"

@@ -1,50 +1,61 @@
-"""Which kernels take a tensor, if any."""
+"""Which kernels work on the tensors of a call."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import logging
 import os
-import warnings
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from . import _cuda
+from . import _composed, _torch
 from ._protocol import Kernels
 
+log = logging.getLogger("syncbn")
 
-def kernels_for(x: Tensor) -> Kernels | None:
-    """Return the kernels for `x`, or None where the composed definition is to do the work.
 
-    None while torch.compile, torch.jit.trace or a torch.func transform looks on, for tensor subclasses (DTensor, fake
-    tensors), for devices and dtypes without kernels, and where the environment says SYNCBN_KERNELS=composed.
+_sets: tuple[Kernels, ...] | None = None  # what comes before the composed kernels, once it is known
+
+
+def kernels_for(*tensors: Tensor | None) -> Kernels:
+    """Return the kernels for all the tensors of a call: input, gradient, parameters, buffers.
+
+    They are the composed ones where no native set takes every tensor.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
-        or os.environ.get("SYNCBN_KERNELS") == "composed"
-    ):
-        return None
-    if x.is_cuda:
-        return _cuda if x.dtype in _cuda.DTYPES else None
-    if x.device.type == "cpu":
-        kernels = _compiled()
-        return kernels if kernels is not None and x.dtype in kernels.DTYPES else None
-    return None
+    for kernels in _sets if _sets is not None else _choose():
+        if kernels.takes(*tensors):
+            return kernels
+    return _composed
 
 
-@functools.cache
-def _compiled() -> Kernels | None:
-    """Return the compiled CPU kernels; None, said once, where the library was installed without them."""
+@contextlib.contextmanager
+def composed_only() -> Iterator[None]:
+    """Compute as SYNCBN_KERNELS=composed does, for comparison."""
+    global _sets
+    before, _sets = _sets, ()
+    try:
+        yield
+    finally:
+        _sets = before
+
+
+def _choose() -> tuple[Kernels, ...]:
+    """Look at the environment and the installation, once."""
+    global _sets
+    _sets = () if os.environ.get("SYNCBN_KERNELS") == "composed" else _installed()
+    log.debug("kernels, in the order of choice: %s", ", ".join(kernels.__name__ for kernels in (*_sets, _composed)))
+    return _sets
+
+
+def _installed() -> tuple[Kernels, ...]:
     try:
         from . import _cpu
-    except ImportError as error:
-        warnings.warn(
-            f"syncbn was installed without its compiled CPU kernels and uses plain torch operations, several times "
-            f"slower: reinstall with a C++ compiler and without SYNCBN_BUILD_NATIVE=0 ({error})",
-            stacklevel=5,
+    except ImportError as error:  # a log record: as an exception, under python -W error, one rank would raise it alone
+        log.warning(
+            "syncbn was installed without its compiled CPU kernels and uses plain torch operations, several times "
+            "slower: reinstall with a C++ compiler and without SYNCBN_BUILD_NATIVE=0 (%s)",
+            error,
         )
-        return None
-    return _cpu
+        return (_torch,)
+    return _cpu, _torch

@@ -1,4 +1,4 @@
-"""launch/mpirun.sh with MPICH, over two hosts. The project's .venv has Open MPI: MPICH gets one of its own."""
+"""launch/mpirun.sh with MPICH, over two hosts. The project's environment has Open MPI: MPICH gets one of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture(scope="module")
 def mpich(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with launch/, which finds no .venv beside itself, and an environment with MPICH before all we have."""
+    """A folder with launch/, which finds no environment beside itself, and one with MPICH before all we have."""
     folder = tmp_path_factory.mktemp("mpich")
     shutil.copytree(ROOT / "launch", folder / "launch")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)

@@ -86,6 +86,7 @@ def make(timeout):
     return syncbn.comm.TorchDistributed(dist.new_group(timeout=timeout))
 
 
+comm.all_reduce(torch.zeros(1))  # who is ready first would end Horovod for the others
 passed = states(make)
 if isinstance(comm, syncbn.comm.Horovod):
     syncbn.init()

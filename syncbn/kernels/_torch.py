@@ -1,4 +1,4 @@
-"""PyTorch's own batch_norm_* CUDA kernels behind the `Kernels` protocol.
+"""PyTorch's own batch_norm_* CUDA operations. Implements `Kernels`.
 
 The operations that torch.nn.SyncBatchNorm is made of, without its all-gather, boolean mask and host synchronisation.
 Not yet run on a GPU: tested on the CPU through emulated operations that check every argument.
@@ -9,37 +9,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+from .._plain import are_plain
+from .._statistics import Running, update_running
+from .._statistics import statistics as statistics_of
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Take plain CUDA tensors."""
+    return are_plain(tensors, "cuda")
 
 
 def moments(x: Tensor) -> Tensor:
     """Return `[Σx, Σx², n]` from the kernel's Welford mean and 1/σ."""
-    if x.numel() == 0:  # a shape, known to the host; the kernel refuses empty tensors
-        return torch.zeros(2 * x.shape[1] + 1, dtype=torch.float64, device=x.device)
-    mean, invstd = (t.double() for t in torch.batch_norm_stats(_dense(x), 0.0))
-    # With eps = 0 the kernel writes 0 for 1/0. NaN stays NaN.
-    variance = torch.where(invstd == 0, 0.0, invstd.square().reciprocal())
-    n = x.numel() // x.shape[1]
-    return torch.cat([n * mean, n * (variance + mean.square()), torch.full_like(mean[:1], n)])
+    n = x.numel() // max(x.shape[1], 1)
+    payload = x.new_full((2 * x.shape[1] + 1,), n, dtype=torch.float64)
+    mean, squares = sums = payload[:-1].view(2, -1)
+    if n == 0:  # a shape, known to the host; the kernel refuses empty tensors
+        return payload
+    sums.copy_(torch.stack(torch.batch_norm_stats(_dense(x), 0.0)))
+    # Σx²/n = σ² + mean². With eps = 0 the kernel writes 0 for 1/0; NaN stays NaN.
+    squares.pow_(-2).nan_to_num_(nan=torch.nan, posinf=0.0).addcmul_(mean, mean)
+    sums.mul_(n)
+    return payload
 
 
-def normalize(x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return weight·(x - mean)/√(σ²+ε) + bias."""
+def normalize(
+    x: Tensor, total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None
+) -> tuple[Tensor, Tensor]:
+    """Return y and `[mean, 1/√(σ²+ε), N]`; move the running statistics."""
+    statistics = statistics_of(total, eps)
+    if running is not None:
+        update_running(running, total)
     if x.numel() == 0:
-        return torch.empty_like(x)
+        return torch.empty_like(x), statistics
     dtype = _per_channel_dtype(x)
     mean, invstd, _ = _parts(statistics.to(dtype))
-    return torch.batch_norm_elemt(_dense(x), _to(weight, dtype), _to(bias, dtype), mean, invstd, 0.0)
+    y = torch.batch_norm_elemt(_dense(x), _to(weight, dtype), _to(bias, dtype), mean, invstd, 0.0)
+    return y, statistics
 
 
 def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
     """Return `[Σdy, Σdy·x̂]`."""
     if x.numel() == 0:
-        return torch.zeros(2 * x.shape[1], dtype=torch.float64, device=x.device)
+        return x.new_zeros(2 * x.shape[1], dtype=torch.float64)
     mean, invstd, _ = _parts(statistics.to(_per_channel_dtype(x)))
     x = _dense(x)
     sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(_like(dy, x), x, mean, invstd, None, True, False, False)
-    return torch.cat([sum_dy.double(), sum_dy_xmu.double() * _parts(statistics)[1]])
+    return torch.cat([sum_dy.double(), sum_dy_xmu * _parts(statistics)[1]])
 
 
 def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
@@ -49,12 +65,12 @@ def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | N
     dtype = _per_channel_dtype(x)
     mean, invstd, _ = _parts(statistics.to(dtype))
     x = _dense(x)
-    sum_dy, sum_dy_xhat = sums.chunk(2)
     _, exact_invstd, count = _parts(statistics)
-    # The kernel sums a list of int32 counts: the one entry is N, known to the device alone.
+    sum_dy, sum_dy_xhat = (sums / count).chunk(2)
+    # The kernel divides by a sum of int32 counts, which would not hold N beyond 2³¹: it gets shares, and a 1.
     return torch.batch_norm_backward_elemt(
-        _like(dy, x), x, mean, invstd, _to(weight, dtype),
-        sum_dy.to(dtype), (sum_dy_xhat / exact_invstd).to(dtype), count.to(torch.int32),
+        _like(dy, x), x, mean, invstd, _to(weight, dtype), sum_dy.to(dtype), (sum_dy_xhat / exact_invstd).to(dtype),
+        torch.ones(1, dtype=torch.int32, device=x.device),
     )  # fmt: skip
 
 

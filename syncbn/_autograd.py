@@ -1,0 +1,196 @@
+"""The mathematics with its derivatives: kernels before and after each all-reduce, in one autograd.Function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._recomputation import is_repeatable, once
+from ._statistics import Running, one_value, statistics, update_running
+from .comm import Communicator
+from .errors import InputError
+from .kernels import _composed as composed
+from .kernels import kernels_for
+
+
+def sync_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float, comm: Communicator
+) -> Tensor:
+    """Normalise `x` (N, C, *) with the moments of all replicas, and move the `running` statistics.
+
+    For backward it keeps `x`, `weight` and 2C+1 numbers (mean, 1/√(σ²+ε), N); never the running statistics, so that
+    those may move meanwhile.
+
+    Collectives: one float64 all-reduce of 2C+1 numbers, `[Σx, Σx², n]`; in a backward that needs dx one of 2C,
+    `[Σdy, Σdy·x̂]`; in the derivative of that, two more of 2C.
+    """
+    if torch._C._are_functorch_transforms_active():
+        y: Tensor = _Transformed.apply(x, weight, bias, running, eps, comm)[0]  # type: ignore[no-untyped-call]
+        return y
+    return _SyncBatchNorm.apply(x, weight, bias, running, eps, comm, is_repeatable())  # type: ignore[no-any-return, no-untyped-call]
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Running,
+    eps: float,
+    comm: Communicator,
+    repeatable: bool,
+    *,
+    move: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, `[mean, 1/√(σ²+ε), N]`, and the total that moves the `running` statistics (see `once`).
+
+    Args:
+        x: input (N, C, *).
+        weight: (C,) or None.
+        bias: (C,) or None.
+        running: the running statistics.
+        eps: added to the variance.
+        comm: the replicas.
+        repeatable: see `is_repeatable`.
+        move: move the running statistics here, which costs next to nothing.
+    """
+    if comm.size == 1 and x.numel() == x.shape[1]:  # known without asking the device
+        raise one_value()
+    kernels = kernels_for(x, weight, bias, *running[:3])
+    total = comm.all_reduce(kernels.moments(x))
+    counted = once(total, running, repeatable=repeatable)
+    y, known = kernels.normalize(x, total, weight, bias, eps, running if move and counted is total else None)
+    if move and counted is not total:
+        update_running(running, counted)
+    return y, known, counted
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, known: Tensor, comm: Communicator, needs_x: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """Return dx, or None unless `needs_x`, and `[Σdy, Σdy·x̂]` of this replica alone, in `dtype`.
+
+    Args:
+        dy: gradient of the output, like `x`.
+        x: input of the forward.
+        weight: of the forward.
+        known: `[mean, 1/√(σ²+ε), N]` from the forward.
+        comm: the replicas.
+        needs_x: compute dx, which takes an all-reduce.
+        dtype: of the sums, the gradients of bias and weight.
+    """
+    kernels = kernels_for(dy, x, weight)
+    sums = kernels.backward_sums(dy, x, known)
+    if not needs_x:
+        return None, sums.to(dtype)
+    share = sums.to(dtype, copy=True)  # the sum over the replicas may take the place of `sums`
+    return kernels.backward_input(dy, x, known, weight, comm.all_reduce(sums)), share
+
+
+def differentiable_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, known: Tensor, comm: Communicator, needs_x: bool, eps: float
+) -> tuple[Tensor | None, Tensor]:
+    """Do what `backward` does in operations that autograd differentiates, to any order.
+
+    The statistics become functions of `x` again. Their values are known: the forward's all-reduce is not repeated.
+    """
+    mean, invstd, count = known.detach().tensor_split([x.shape[1], 2 * x.shape[1]])
+    variance = invstd.reciprocal().square() - eps
+    total = torch.cat([mean * count, (variance + mean.square()) * count])
+    sums = _AllReduce.apply(composed.moments(x)[:-1], comm, total)  # type: ignore[no-untyped-call]
+    known = statistics(torch.cat([sums, count]), eps)
+    share = composed.backward_sums(dy, x, known)
+    if not needs_x:
+        return None, share
+    sums = _AllReduce.apply(share, comm, None)  # type: ignore[no-untyped-call]
+    return composed.backward_input(dy, x, known, weight, sums), share
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum of a vector over the replicas, or its `known` value.
+
+    It is its own adjoint: with S = Σ_r s_r on every replica, dL/ds_r = Σ_q dL_q/dS.
+    """
+
+    @staticmethod
+    def forward(vector: Tensor, comm: Communicator, known: Tensor | None) -> Tensor:
+        return comm.all_reduce(vector.clone()) if known is None else known.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Communicator, Tensor | None], output: Tensor) -> None:
+        ctx.comm = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _AllReduce.apply(grad.contiguous(), ctx.comm, None), None, None  # type: ignore[no-untyped-call]
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: Running,
+        eps: float,
+        comm: Communicator,
+        repeatable: bool,
+    ) -> Tensor:
+        y, known, _ = forward(x, weight, bias, running, eps, comm, repeatable)
+        keep(ctx, x, weight, bias, known, eps, comm)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*gradients(ctx, dy), None, None, None, None)
+
+
+class _Transformed(torch.autograd.Function):
+    """The same in the form that torch.func.grad takes: twice as dear, as an output more passes through autograd."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float, comm: Communicator
+    ) -> tuple[Tensor, Tensor]:
+        return forward(x, weight, bias, running, eps, comm, is_repeatable())[:2]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, _, eps, comm = inputs
+        ctx.mark_non_differentiable(output[1])
+        keep(ctx, x, weight, bias, output[1], eps, comm)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        return (*gradients(ctx, dy), None, None, None)
+
+
+def keep(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, known: Tensor, eps: float, comm: Any) -> None:
+    """Keep for backward what `gradients` needs: `x`, `weight` and `[mean, 1/√(σ²+ε), N]`."""
+    ctx.save_for_backward(x, weight, known)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.eps, ctx.comm = eps, comm
+    ctx.set_materialize_grads(False)
+
+
+def gradients(
+    ctx: Any, dy: Tensor | None, run: Callable[..., tuple[Tensor | None, Tensor]] = backward
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, weight and bias from what `keep` kept; `run` does what `backward` does."""
+    x, weight, known = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    if dy is None:
+        dy = torch.zeros_like(x)  # the peers' collective waits for this rank all the same
+    if torch._C._functorch.is_legacy_batchedtensor(dy) or torch._C._functorch.is_batchedtensor(dy):
+        raise InputError("SyncBatchNorm's backward takes one gradient at a time: is_grads_batched=True cannot be used")
+    if torch.is_grad_enabled():
+        dx, share = differentiable_backward(dy, x, weight, known, ctx.comm, needs_x, ctx.eps)
+    else:
+        dtypes = {None if weight is None else weight.dtype, ctx.bias_dtype} - {None}
+        dtype = dtypes.pop() if len(dtypes) == 1 else known.dtype
+        dx, share = run(dy, x, weight, known, ctx.comm, needs_x, dtype)
+    dbias, dweight = share.chunk(2)  # this replica's share, on purpose: the trainer reduces parameters' gradients
+    return dx, dweight.to(weight.dtype) if needs_weight else None, dbias.to(ctx.bias_dtype) if needs_bias else None

@@ -1,0 +1,87 @@
+"""What no replica can normalise is refused here, before any collective."""
+
+from __future__ import annotations
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from .errors import DTypeError, InputError
+
+
+def check(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+) -> None:
+    """Refuse an input that is not (N, C, *) of a floating dtype, and tensors per channel that do not fit it.
+
+    Raises:
+        InputError: a shape.
+        DTypeError: a dtype, or a kind of tensor that holds its values elsewhere (DTensor).
+    """
+    if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, which would bake the shapes in
+        return
+    shape = input.shape
+    if len(shape) < 2:
+        raise InputError(f"expected 2D or more input, got {len(shape)}D of shape {tuple(shape)}: pass (N, C, *)")
+    _check_kind("input", input)
+    channels = shape[1]
+    if channels == 0:
+        raise InputError(f"expected at least 1 channel, got input of shape {tuple(shape)}")
+    expected = (channels,)
+    for name, tensor in zip(_PER_CHANNEL, (weight, bias, running_mean, running_var), strict=True):
+        if tensor is None:
+            continue
+        if tensor.shape != expected:
+            raise InputError(
+                f"expected {name} of shape ({channels},) for input of shape {tuple(shape)}, "
+                f"got {tuple(tensor.shape)}: the input's axis 1 must be the layer's channels"
+            )
+        _check_kind(name, tensor)
+
+
+_PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
+
+
+def _check_kind(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        remedy = "dequantize()" if tensor.is_quantized else "float()"
+        raise DTypeError(f"expected floating-point {name}, got {tensor.dtype}: pass {name}.{remedy}")
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_traced(tensor):
+        raise DTypeError(
+            f"expected an ordinary tensor as {name}, got a {type(tensor).__name__}, whose values are elsewhere: "
+            "pass this replica's own part, e.g. DTensor.to_local()"
+        )
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Tell whether somebody follows the operations on `tensor` instead of, or besides, computing them.
+
+    torch.compile, torch.jit.trace, fake tensors, make_fx and other dispatch modes.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or isinstance(tensor, FakeTensor)
+    )
+
+
+def refuse_transforms(input: Tensor) -> None:
+    """Raise InputError under the transforms that batch norm over replicas has no rule for."""
+    for interpreter in torch._C._functorch.get_interpreter_stack() or ():
+        transform = interpreter.key()
+        if transform in (_Transform.Vmap, _Transform.Jvp):
+            raise InputError(
+                f"SyncBatchNorm cannot be used under torch.func.{transform.name.lower()}: use torch.func.grad or vjp, "
+                "or revert_sync_batchnorm(model) first"
+            )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(input).tangent is not None:  # type: ignore[no-untyped-call]
+        raise InputError("SyncBatchNorm has no forward mode derivative: use backward, or revert_sync_batchnorm(model)")
+
+
+_Transform = torch._C._functorch.TransformType

@@ -1,0 +1,114 @@
+"""The definition in plain torch operations: any device and dtype, differentiable to any order. Implements `Kernels`.
+
+All work per value is about a pivot p next to the mean, a constant to autograd, since no result depends on it: then
+nothing cancels, however far the mean is from zero. It is in float32, or float64 for float64; per channel in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._statistics import Running, refuse_one_value, update_running
+from .._statistics import statistics as statistics_of
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Take everything."""
+    return True
+
+
+def moments(x: Tensor) -> Tensor:
+    """Return `[Σx, Σx², n]`; with d = x - p, Σx = Σd + n·p and Σx² = Σd² + 2p·Σd + n·p²."""
+    values = _wide(x)
+    count = x.numel() // max(x.shape[1], 1)
+    pivot = _sum(values.detach()) / max(count, 1)
+    d, p = values - _view(pivot, x), pivot.double()
+    d1, d2 = _sum(d).double(), _sum(d.square()).double()
+    n = torch.full((1,), count, dtype=torch.float64, device=x.device)
+    return torch.cat([d1 + count * p, d2 + 2 * p * d1 + count * p * p, n])
+
+
+def normalize(
+    x: Tensor, total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None
+) -> tuple[Tensor, Tensor]:
+    """Return y = γ/√(σ²+ε)·(d - (μ - p)) + β and `[mean, 1/√(σ²+ε), N]`; move the running statistics."""
+    refuse_one_value(total)
+    of = statistics_of(total, eps)
+    mean, scale, _ = _parts(of)
+    values = _wide(x)
+    pivot = mean.detach().to(values.dtype)
+    scale = scale if weight is None else scale * weight
+    shift = (pivot - mean) * scale
+    shift = shift if bias is None else shift + bias
+    y = (values - _view(pivot, x)) * _view(scale.to(values.dtype), x) + _view(shift.to(values.dtype), x)
+    if running is not None:
+        update_running(running, total.detach())
+    return _in_format_of(x, y.to(x.dtype)), of
+
+
+def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
+    """Return `[Σdy, Σdy·x̂]`."""
+    mean, invstd, _ = _parts(statistics)
+    grads, values = _wide(dy), _wide(x)
+    pivot = mean.detach().to(values.dtype)
+    t1, t2 = _sum(grads).double(), _sum(grads * (values - _view(pivot, x))).double()
+    return torch.cat([t1, (t2 + (pivot - mean) * t1) * invstd])
+
+
+def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
+    """Return weight/√(σ²+ε)·(dy - T1/N - x̂·T2/N), with a pivot of dy, too."""
+    mean, invstd, count = _parts(statistics)
+    mean_dy, mean_dy_xhat = (sums / count.clamp(min=1)).chunk(2)
+    grads, values = _wide(dy), _wide(x)
+    pivot, dy_pivot = mean.detach().to(values.dtype), mean_dy.detach().to(values.dtype)
+    dy_scale = invstd if weight is None else invstd * weight
+    scale = -dy_scale * invstd * mean_dy_xhat
+    shift = (pivot - mean) * scale + (dy_pivot - mean_dy) * dy_scale
+    dy_scale, scale, shift = (_view(k.to(values.dtype), x) for k in (dy_scale, scale, shift))
+    dx = (grads - _view(dy_pivot, x)) * dy_scale + (values - _view(pivot, x)) * scale + shift
+    return _in_format_of(x, dx.to(x.dtype))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return `x` in the dtype of the work per value; what is differentiated gets a gradient in its memory format."""
+    return _KeepFormat.apply(x).to(torch.float64 if x.dtype == torch.float64 else torch.float32)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Sum all but the channels, (C,)."""
+    return values.sum([0, *range(2, values.dim())])
+
+
+def _view(vector: Tensor, x: Tensor) -> Tensor:
+    """Return (C,) as it broadcasts over (N, C, *)."""
+    return vector.view([1, -1] + [1] * (x.dim() - 2))
+
+
+def _parts(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, 1/√(σ²+ε) and N, (1,)."""
+    channels = statistics.numel() // 2
+    mean, invstd, count = statistics.tensor_split([channels, 2 * channels])
+    return mean, invstd, count
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+class _KeepFormat(torch.autograd.Function):
+    """The identity, whose gradient has the memory format of its input, whatever that of the output's gradient is."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.memory_format = torch._prims_common.suggest_memory_format(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous(memory_format=ctx.memory_format)
