@@ -16,6 +16,7 @@ from syncbn.errors import GroupError
 from ._hosts import by_hosts
 from ._protocol import BaseCommunicator, Communicator, log, part_of
 
+_c10d: Any = getattr(dist, "distributed_c10d", None)  # None: a torch without torch.distributed
 _TAG = 0x5BA7  # of messages between two ranks: not one that the user's own have
 
 
@@ -87,16 +88,17 @@ class TorchDistributed(BaseCommunicator):
     def _check(self, x: Tensor) -> None:
         if not is_alive(self._group()):
             self.end(DESTROYED)
-        elif x.device.type not in self._backends:
+        elif not (x.is_cpu and self._over_gloo is not None) and x.device.type not in self._backends:
             raise GroupError(
                 f"the process group's backend ({self.transport}) has no collectives for {x.device.type} tensors, only "
                 f"for {sorted(self._backends)}: initialise with 'cpu:gloo,cuda:nccl', or move the model"
             )
 
     def _sum(self, x: Tensor) -> Tensor:
+        if x.is_cpu and self._over_gloo is not None:  # the one that is to be quick
+            return self._over_gloo._sum(x)
         if self._backends[x.device.type] == "gloo":
-            over = self._over_gloo or self._set_up()
-            return over._sum(x) if x.is_cpu else over._sum(x.cpu()).to(x.device)
+            return (self._over_gloo or self._set_up())._sum(x.cpu()).to(x.device)
         dist.all_reduce(x, group=self._native_group(x.device.type))
         return x
 
@@ -143,7 +145,7 @@ DESTROYED = "its torch.distributed process group was destroyed"
 
 def is_alive(group: Any) -> bool:
     """Tell whether torch still knows `group`. There is no public way."""
-    return group is not None and group in dist.distributed_c10d._world.pg_map
+    return group is not None and group in _c10d._world.pg_map
 
 
 def _held(group: weakref.ref[Any]) -> Any:

@@ -181,10 +181,9 @@ def _communicator_of(handle: Any) -> Communicator:
 
 def _key_of_handle(handle: Any) -> str:
     identity = id(handle)
-    if identity not in _keys:
-        key = _keys[identity] = f"{type(handle).__name__} {next(_numbers)}"
-        _Native(key, _reference(handle, lambda _: _forget(key, identity)))
-    return _keys[identity]
+    key = _keys[identity] = f"{type(handle).__name__} {next(_numbers)}"
+    _Native(key, _reference(handle, lambda _: _forget(key, identity)))
+    return key
 
 
 def _key_of_mpi(comm: Any) -> str:
@@ -239,6 +238,9 @@ def key_of(spec: ProcessGroup) -> str:
 
 
 def _key_of(spec: ProcessGroup) -> str:
+    known = _keys.get(id(spec))
+    if known is not None:
+        return known
     check_spec(spec)
     if isinstance(spec, LostGroup):
         return f"{_LOST}{spec.description}"

@@ -188,7 +188,7 @@ def check_payload(x: Tensor) -> None:
             f"all_reduce expected a plain torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}: pass the "
             "tensor that it holds (of a DTensor: x.to_local(); of a parameter: x.detach())"
         )
-    if x.dtype not in _DTYPES:
+    if x.dtype is not torch.float64 and x.dtype is not torch.float32:
         raise DTypeError(f"all_reduce expected float32 or float64, got {x.dtype}: convert the tensor first")
     if x.requires_grad:
         raise DTypeError("all_reduce expected a tensor without grad: pass x.detach()")
@@ -198,11 +198,11 @@ def check_payload(x: Tensor) -> None:
         raise DTypeError(f"all_reduce expected a contiguous tensor, got strides {x.stride()}: pass x.contiguous()")
     if x.is_neg():  # its memory holds -x
         raise DTypeError("all_reduce expected plain memory, got a negative view: pass x.resolve_neg()")
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if _is_transformed(x):
         raise DTypeError("all_reduce cannot be transformed by torch.func (grad, vmap, jvp): call it outside")
 
 
-_DTYPES = (torch.float32, torch.float64)
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 _SPINS = 200  # looks before the core is offered to another rank each time
 
 
