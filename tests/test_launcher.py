@@ -262,10 +262,11 @@ def free_port() -> int:
 
 
 @pytest.mark.timeout(90)
-def test_worlds_come_and_go_with_torchruns_own_store() -> None:
+def test_worlds_come_and_go_with_torchruns_own_store(tmp_path) -> None:
     """Where torchrun's agents serve the store, the keys of the world before are still in it."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    job = run_job([*torchrun, "--nproc-per-node=2", "tests/jobs/worlds_job.py", "3", "/dev/null"], seconds=80, env=LO)
+    script = ["tests/jobs/worlds_job.py", "3", str(tmp_path / "meet")]
+    job = run_job([*torchrun, "--nproc-per-node=2", *script], seconds=80, env=LO)
     assert "rank 0 of 2: after 2" in job.stdout, job.stdout
 
 
@@ -311,7 +312,7 @@ def test_no_thread_of_gloo_outlives_the_process_group(tmp_path) -> None:
         "import atexit, os, syncbn, torch\n"
         "torch.set_num_threads(1)\n"
         "def threads():\n"
-        "    return len(os.listdir('/proc/self/task'))\n"  # not by name, which a new thread gives itself some time later
+        "    return len(os.listdir('/proc/self/task'))\n"  # not by name: a new thread gives itself one later
         "before = threads()\n"
         "atexit.register(lambda: print('at exit:', threads() - before))\n"  # runs after what init registers
         "comm = syncbn.init('gloo')\n"

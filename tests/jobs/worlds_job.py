@@ -1,7 +1,7 @@
 """Started by torchrun, mpirun or horovodrun: makes and ends worlds. Prints what is left after the 2nd and the last.
 
-Arguments: CYCLES FILE. Under mpirun with MASTER_ADDR and MASTER_PORT the worlds are Gloo's and MPI's in turn; under torchrun
-the user makes a smaller one too, which meets in FILE.
+Arguments: CYCLES FILE. Under mpirun with MASTER_ADDR and MASTER_PORT the worlds are Gloo's and MPI's in turn; under
+torchrun the user makes a smaller one too, which meets in FILE.
 """
 
 import gc
