@@ -3,7 +3,7 @@
 #
 # Runs the tests of the kernels and of the shared memory once over a build of the compiled module that checks addresses
 # and undefined behaviour (-fsanitize=address,undefined). It is built in a temporary folder, beside the packages of the
-# active virtual environment or, if none is active, the project's .venv, which stay as they are. Needs g++ and its
+# active virtual environment or, if none is active, the project's, which stay as they are. Needs g++ and its
 # libasan; takes a few minutes. The arguments go to pytest: launch/test-asan.sh -k outside
 #
 # Options:
@@ -15,7 +15,7 @@ case ${1-} in
   -h | --help) print_help && exit ;;
 esac
 [[ -n ${VIRTUAL_ENV-} ]] || use_environment
-python=$(tool python "no active virtual environment and no .venv: run launch/setup.sh --dev")
+python=$(tool python "no active virtual environment and none of the project: run launch/setup.sh --dev")
 asan=$("$(tool g++ "on Debian and Ubuntu apt install g++")" -print-file-name=libasan.so)
 [[ -f $asan ]] || die "g++ has no libasan: on Debian and Ubuntu apt install libasan8"
 

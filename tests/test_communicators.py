@@ -47,7 +47,7 @@ def test_states_of_threads(size: int) -> None:
 def test_a_thread_that_is_interrupted_releases_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     def replica(comm: Communicator) -> str:
         if comm.rank == 0:
-            monkeypatch.setattr(comm._room, "wait", _interrupted_wait(comm._room))
+            monkeypatch.setattr(comm._room, "wait", _interrupted_wait(comm._room.wait))
         start = time.monotonic()
         with pytest.raises((KeyboardInterrupt, CollectiveError)) as caught:
             comm.all_reduce(torch.ones(3))
@@ -57,12 +57,13 @@ def test_a_thread_that_is_interrupted_releases_its_peers(monkeypatch: pytest.Mon
     assert sorted(run_threads(2, replica, timeout=20)) == ["CollectiveError", "KeyboardInterrupt"]
 
 
-def _interrupted_wait(room: object) -> Callable[[], None]:
-    wait, here = room.wait, threading.get_ident()
+def _interrupted_wait(wait: Callable[[], None]) -> Callable[[], None]:
+    """Return a `wait` that ends with Ctrl-C in this thread, and is as before in the others."""
+    here = threading.get_ident()
 
     def interrupted() -> None:
         if threading.get_ident() == here:
-            room.barrier.wait = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+            raise KeyboardInterrupt
         wait()
 
     return interrupted

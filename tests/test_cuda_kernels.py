@@ -29,7 +29,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def emulate(patch: pytest.MonkeyPatch) -> list[str]:
-    patch.setattr(_select, "_native_sets", lambda: (_torch,))
+    patch.setattr(_select, "_sets", (_torch,))
     patch.setattr(_torch, "takes", lambda *tensors: True)
     return emulated_cuda.install(patch)
 

@@ -265,8 +265,8 @@ def free_port() -> int:
 def test_worlds_come_and_go_with_torchruns_own_store(tmp_path) -> None:
     """Where torchrun's agents serve the store, the keys of the world before are still in it."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    worlds = ["tests/jobs/worlds_job.py", "3", str(tmp_path / "meet")]
-    job = run_job([*torchrun, "--nproc-per-node=2", *worlds], seconds=80, env=LO)
+    script = ["tests/jobs/worlds_job.py", "3", str(tmp_path / "meet")]
+    job = run_job([*torchrun, "--nproc-per-node=2", *script], seconds=80, env=LO)
     assert "rank 0 of 2: after 2" in job.stdout, job.stdout
 
 
@@ -299,9 +299,9 @@ if sys.argv[3] == "destroyed":
 def test_a_loss_that_is_alive_at_exit_is_quiet(tmp_path, end: str) -> None:
     command = [sys.executable, "-c", QUIET]
     jobs = [start_job([*command, str(rank), str(tmp_path / "meet"), end], env=LO) for rank in range(2)]
-    outputs = [job.communicate(timeout=50)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], outputs
-    assert outputs == ["", ""]
+    for job in jobs:
+        output, _ = job.communicate(timeout=50)
+        assert (job.returncode, output) == (0, "")
 
 
 @pytest.mark.timeout(60)
@@ -312,7 +312,7 @@ def test_no_thread_of_gloo_outlives_the_process_group(tmp_path) -> None:
         "import atexit, os, syncbn, torch\n"
         "torch.set_num_threads(1)\n"
         "def threads():\n"
-        "    return len(os.listdir('/proc/self/task'))\n"  # not by name: a new thread gives itself one some time later
+        "    return len(os.listdir('/proc/self/task'))\n"  # not by name: a new thread gives itself one later
         "before = threads()\n"
         "atexit.register(lambda: print('at exit:', threads() - before))\n"  # runs after what init registers
         "comm = syncbn.init('gloo')\n"
