@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import signal
 import warnings
 import weakref
 from pathlib import Path
@@ -210,6 +211,7 @@ def _forked(rank: int, size: int) -> str:
         warnings.simplefilter("ignore")  # Python warns of forks beside threads
         child = os.fork()
     if child == 0:
+        signal.alarm(10)
         try:
             single.all_reduce(torch.ones(3))
             syncbn.world().all_reduce(torch.ones(3))

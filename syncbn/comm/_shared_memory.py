@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import secrets
-import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from errno import EIO, ENOSYS
@@ -59,7 +57,6 @@ class SharedMemory(BaseCommunicator):
         super().__init__(part.index(over.rank), len(part))
         self.seconds = timeout.total_seconds()
         self._memory = _share(over, part)
-        _open_ones.add(self)
 
     def _check(self, x: Tensor) -> None:
         if not x.is_cpu:
@@ -81,7 +78,7 @@ class SharedMemory(BaseCommunicator):
     def _release(self) -> None:
         if self._memory is not None:
             self._memory.close()
-        self._memory = None  # at once: nanobind reports objects that outlive the interpreter
+        self._memory = None
 
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return the communicator of the part that holds this rank."""
@@ -125,14 +122,3 @@ def _open(part: list[int], slot: int, token: int, process: int, descriptor: int)
         return _Memory(part, slot, token, process, descriptor), 0
     except OSError as error:
         return None, error.errno or EIO
-
-
-_open_ones: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
-
-
-@atexit.register
-def _release_all() -> None:
-    """Let go before the interpreter ends: a loss that is alive then keeps its communicator alive."""
-    for comm in list(_open_ones):
-        comm.state, comm._reason = "closed", "the process ends"
-        comm._memory = None  # also in a forked child, whose peers are its parent's

@@ -56,8 +56,10 @@ for cycle in range(cycles):
         assert total(held[0]) == size
         if cycle % 3 == 0:
             del group
+    kept = dist.group.WORLD if dist.is_initialized() else None
     dist.destroy_process_group() if by_user else syncbn.world().close()
     assert isinstance(syncbn.world(), syncbn.comm.SingleProcess)
+    assert "memfd:syncbn" not in Path("/proc/self/maps").read_text()  # at once, whoever holds what
     layer(torch.randn(4, 2))  # follows
     for old in (comm, *parts, *held):
         try:
@@ -65,7 +67,7 @@ for cycle in range(cycles):
         except GroupError:
             continue
         raise AssertionError(f"{old} outlived its world")
-    comm = parts = held = old = group = None
+    comm = parts = held = old = group = kept = None
     after[cycle] = left()
 if launcher == "torchrun" and rank < size - 1:
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=size - 1)
