@@ -60,6 +60,7 @@ class ThreadReplica(BaseCommunicator):
     def __init__(self, rank: int, room: _Room) -> None:
         super().__init__(rank, len(room.slots))
         self._room = room
+        self._peers_know = False  # of a failure, since they see it themselves
 
     def _sum(self, x: Tensor) -> Tensor:
         slots = self._room.slots
@@ -74,11 +75,13 @@ class ThreadReplica(BaseCommunicator):
                 total += peer
         self._room.wait()  # everybody has read: the slots may be filled again
         if total is None:
+            self._peers_know = True
             raise RuntimeError(f"the replicas sent different dtypes or shapes, by rank: {signatures}")
         return total
 
     def _give_up(self) -> None:
-        self._room.abort()
+        if not self._peers_know:  # else this would disturb those that still leave the barrier
+            self._room.abort()
 
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return the communicator of the part that holds this rank."""
