@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from http import HTTPStatus
+from http.client import HTTPConnection
 from typing import Any
 
 from torch import Tensor
 
-from syncbn.errors import BackendError, GroupError
+from syncbn.errors import BackendError, CollectiveError, GroupError
 
 from ._protocol import BaseCommunicator, Communicator, part_of, wait_until
 
@@ -75,6 +78,8 @@ class Horovod(BaseCommunicator):
         # A cut link. horovodrun always sets it, to 30 s: short, on a busy machine, for ranks to meet in hvd.init().
         os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(seconds)
         started = not hvd.is_initialized()
+        if started:
+            _forget_world_before(seconds)
         hvd.init()
         comm = cls(timeout=timeout)
         comm._started = started
@@ -124,6 +129,50 @@ class Horovod(BaseCommunicator):
 
 
 _all: weakref.WeakSet[Horovod] = weakref.WeakSet()
+_starts = 0
+
+
+def _forget_world_before(seconds: float) -> None:
+    """Make ready to start Horovod again in the same processes. Every rank calls this.
+
+    Under horovodrun with Gloo (0.28.1) the addresses of the ranks of the time before are often still in its store. Who
+    reads them cannot connect, and Gloo aborts the process. It drops a scope when all its ranks have asked for it.
+    """
+    global _starts
+    _starts += 1
+    if _starts == 1 or "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in os.environ:
+        return
+    env = {name: os.environ[f"HOROVOD_{name}"] for name in ("HOSTNAME", "RANK", "LOCAL_RANK", "CROSS_RANK")}
+    _meet(f"syncbn.{_starts}.ended", seconds)
+    for scope, key in (
+        ("global", env["RANK"]),
+        (f"local_{env['HOSTNAME']}", env["LOCAL_RANK"]),
+        (f"cross_{env['LOCAL_RANK']}", env["CROSS_RANK"]),
+    ):
+        while _ask_store("GET", scope, key):
+            _ask_store("DELETE", scope, key)
+    _meet(f"syncbn.{_starts}.forgotten", seconds)
+
+
+def _meet(scope: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    _ask_store("PUT", scope, os.environ["HOROVOD_RANK"])
+    for rank in range(int(os.environ["HOROVOD_SIZE"])):
+        while not _ask_store("GET", scope, str(rank)):
+            if time.monotonic() > deadline:
+                raise CollectiveError(f"rank {rank} did not call syncbn.init within {seconds:g} s")
+            time.sleep(0.005)
+
+
+def _ask_store(method: str, scope: str, key: str) -> bool:
+    """Ask horovodrun's store; False if it does not have the key."""
+    host, port = (os.environ[f"HOROVOD_GLOO_RENDEZVOUS_{name}"] for name in ("ADDR", "PORT"))
+    store = HTTPConnection(host, int(port), timeout=30)
+    try:
+        store.request(method, f"/{scope}/{key}", body=b"1" if method == "PUT" else None)
+        return store.getresponse().status == HTTPStatus.OK
+    finally:
+        store.close()
 
 
 def _size(process_set: Any) -> int | None:
