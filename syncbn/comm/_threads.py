@@ -77,9 +77,6 @@ class ThreadReplica(BaseCommunicator):
             raise RuntimeError(f"the replicas sent different dtypes or shapes, by rank: {signatures}")
         return total
 
-    def _give_up(self) -> None:
-        self._room.abort()
-
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return the communicator of the part that holds this rank."""
         part = tuple(part_of(self.rank, partition))
