@@ -82,7 +82,9 @@ class Horovod(BaseCommunicator):
 
     def exists(self) -> bool:
         """Tell whether Horovod runs, with this rank and size, and knows the process set."""
-        return bool(_hvd().is_initialized()) and _rank_and_size(self.process_set) == (self.rank, self.size)
+        if not _hvd().is_initialized() or _size(self.process_set) != self.size:
+            return False
+        return bool(self.process_set.included()) and int(self.process_set.rank()) == self.rank
 
     def restarted(self) -> bool:
         """Tell whether Horovod runs, for the world that comes after this one."""
@@ -124,12 +126,12 @@ class Horovod(BaseCommunicator):
 _all: weakref.WeakSet[Horovod] = weakref.WeakSet()
 
 
-def _rank_and_size(process_set: Any) -> tuple[int, int] | None:
+def _size(process_set: Any) -> int | None:
     """None: it was removed, or Horovod was shut down, and started again perhaps."""
     if process_set.process_set_id is None:
         return None
     try:
-        return process_set.rank(), process_set.size()
+        return int(process_set.size())
     except ValueError:
         return None
 
@@ -143,7 +145,7 @@ def _registered(ranks: list[int]) -> Any:
     if ranks == list(range(hvd.size())):
         return hvd.global_process_set
     known = _process_sets.get(tuple(ranks))
-    if known is not None and _rank_and_size(known) is not None:
+    if known is not None and _size(known) == len(ranks):
         return known
     try:
         _process_sets[tuple(ranks)] = hvd.add_process_set(ranks)
