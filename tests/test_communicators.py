@@ -47,7 +47,7 @@ def test_states_of_threads(size: int) -> None:
 def test_a_thread_that_is_interrupted_releases_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     def replica(comm: Communicator) -> str:
         if comm.rank == 0:
-            monkeypatch.setattr(comm._room, "wait", _interrupted_wait(comm._room.wait))
+            monkeypatch.setattr(comm._room.barrier, "wait", _interrupted_wait(comm._room.barrier.wait))
         start = time.monotonic()
         with pytest.raises((KeyboardInterrupt, CollectiveError)) as caught:
             comm.all_reduce(torch.ones(3))

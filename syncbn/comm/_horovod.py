@@ -89,7 +89,7 @@ class Horovod(BaseCommunicator):
         """Tell whether Horovod runs, with this rank and size, and knows the process set."""
         if not _hvd().is_initialized() or _size(self.process_set) != self.size:
             return False
-        return bool(self.process_set.rank() == self.rank)
+        return bool(self.process_set.included()) and int(self.process_set.rank()) == self.rank
 
     def restarted(self) -> bool:
         """Tell whether Horovod runs, for the world that comes after this one."""
@@ -180,8 +180,7 @@ def _size(process_set: Any) -> int | None:
     if process_set.process_set_id is None:
         return None
     try:
-        size: int = process_set.size()
-        return size
+        return int(process_set.size())
     except ValueError:
         return None
 
@@ -195,7 +194,7 @@ def _registered(ranks: list[int]) -> Any:
     if ranks == list(range(hvd.size())):
         return hvd.global_process_set
     known = _process_sets.get(tuple(ranks))
-    if known is not None and _size(known) is not None:
+    if known is not None and _size(known) == len(ranks):
         return known
     try:
         _process_sets[tuple(ranks)] = hvd.add_process_set(ranks)

@@ -86,7 +86,7 @@ def make(timeout):
     return syncbn.comm.TorchDistributed(dist.new_group(timeout=timeout))
 
 
-comm.all_reduce(torch.zeros(1))  # who is ready first would end Horovod for the others
+comm.all_reduce(torch.zeros(1))  # a rank that ends Horovod ends the others' collectives, too
 passed = states(make)
 if isinstance(comm, syncbn.comm.MPI) and comm.rank < comm.size - 1:
     assert syncbn.comm._mpi._written_to  # the vectors of the waits that were given up: MPI may still write to them
