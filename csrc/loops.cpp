@@ -199,15 +199,15 @@ void sums(const Job &job) {
             const int64_t C = job.channels;
             const T *const from = x + row * C, *const dy_from = dy + row * C;
             const auto columns = [&](int64_t c, auto vector) INLINE {  // those of a vector, from c on
-                Sums<A> sums;
-                std::memcpy(sums.s1, s1 + c, sizeof(sums.s1));
-                std::memcpy(sums.s2, s2 + c, sizeof(sums.s2));
+                Sums<A> sums;  // vector by vector: gcc copies arrays in pieces that the processor cannot forward
+                for (int k = 0; k < P; k++) sums.s1[k] = load<Double>(s1 + c + k * LANES<double>);
+                for (int k = 0; k < P; k++) sums.s2[k] = load<Double>(s2 + c + k * LANES<double>);
                 add<A, Backward, R>(
                     sums, [&](int r) INLINE { return vector(from + r * stride * C); },
                     [&](int r) INLINE { return vector(dy_from + r * stride * C); },
                     Backward ? load<V>(pivot + c) : V{});
-                std::memcpy(s1 + c, sums.s1, sizeof(sums.s1));
-                std::memcpy(s2 + c, sums.s2, sizeof(sums.s2));
+                for (int k = 0; k < P; k++) std::memcpy(s1 + c + k * LANES<double>, &sums.s1[k], BYTES);
+                for (int k = 0; k < P; k++) std::memcpy(s2 + c + k * LANES<double>, &sums.s2[k], BYTES);
             };
             int64_t c = 0;
             for (; c + W <= C; c += W) columns(c, [&](const T *row) INLINE { return read(row + c, W); });

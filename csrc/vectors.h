@@ -57,6 +57,11 @@ inline INLINE Double part(Vector<A> v, int k) {
     using Part = typename VectorOf<A, BYTES / PARTS<A>>::type;
     Part parts[PARTS<A>];
     std::memcpy(parts, &v, sizeof(v));
+#if defined(__AVX512F__)  // gcc 12 takes these conversions apart
+    if constexpr (PARTS<A> == 2) return (Double)_mm512_cvtps_pd((__m256)parts[k]);
+#elif defined(__AVX2__)
+    if constexpr (PARTS<A> == 2) return (Double)_mm256_cvtps_pd((__m128)parts[k]);
+#endif
     return __builtin_convertvector(parts[k], Double);
 }
 
