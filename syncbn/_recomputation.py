@@ -41,7 +41,7 @@ def once(total: Tensor, running: Running, *, repeatable: bool) -> Tensor:
         running: the statistics that are to be moved.
         repeatable: see `is_repeatable`.
     """
-    if not (repeatable or _in_backward()):
+    if not repeatable:  # so not inside a backward either
         return total
     buffer = next((buffer for buffer in (running.mean, running.var, running.batches) if buffer is not None), None)
     if buffer is None:

@@ -57,7 +57,7 @@ def update_running(running: Running, total: Tensor) -> None:
         running.batches.add_(count >= 0)
         if momentum is None:
             momentum = running.batches.double().reciprocal()
-    if momentum is None:
+    if momentum is None or (running.mean is None and running.var is None):
         return
     mean, variance = mean_and_variance(total)
     unbiased = variance * (count / (count - 1).clamp(min=1))
@@ -71,7 +71,7 @@ def refuse_one_value(total: Tensor) -> None:
 
     On the CPU only, where reading the number does not wait for a device, and where there is a number.
     """
-    if not torch.compiler.is_compiling() and are_plain([total], "cpu") and total[-1].item() == 1:
+    if are_plain([total], "cpu") and total[-1].item() == 1:
         raise one_value()
 
 

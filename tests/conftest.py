@@ -28,7 +28,14 @@ COLLECTIVE_SECONDS = 20  # a rank waits so long for its peers
 TASK_SECONDS = 45
 
 
-BOTH_PATHS = {"test_equivalence", "test_extreme", "test_collectives", "test_autograd", "test_precision"}
+BOTH_PATHS = {
+    "test_equivalence",
+    "test_extreme",
+    "test_collectives",
+    "test_autograd",
+    "test_precision",
+    "test_recomputation",
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -161,7 +168,7 @@ def run_job(command: list[str], *, seconds: float, **kwargs: Any) -> subprocess.
     return subprocess.CompletedProcess(command, job.returncode, output, None)
 
 
-LAUNCHERS = ("torchrun", "mpirun", "horovodrun")
+LAUNCHERS = {"torchrun": "TorchDistributed", "mpirun": "MPI", "horovodrun": "Horovod"}  # and the world that each makes
 
 
 @pytest.fixture(params=LAUNCHERS)
@@ -172,5 +179,5 @@ def launch(request: pytest.FixtureRequest) -> Callable[..., subprocess.Completed
         command = ["bash", f"launch/{request.param}.sh", "--procs-per-node", str(procs), "--", *map(str, script)]
         return run_job(command, seconds=seconds, **kwargs)
 
-    run.launcher = request.param  # type: ignore[attr-defined]
+    run.launcher, run.world = request.param, LAUNCHERS[request.param]  # type: ignore[attr-defined]
     return run

@@ -18,7 +18,6 @@ from reference import (
 )
 from torch import nn
 from torch.autograd.gradcheck import GradcheckError
-from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm
 from syncbn.comm import run_threads
@@ -290,57 +289,6 @@ def test_the_input_and_the_upstream_gradient_are_left_alone():
     torch.autograd.grad(y, x, g)
     assert torch.equal(x, before[0])
     assert torch.equal(g, before[1])
-
-
-# Activation checkpointing: the forward runs again inside the backward
-
-
-def nested(block, reentrant):
-    return lambda x: checkpoint(lambda h: checkpoint(block, h, use_reentrant=reentrant), x, use_reentrant=reentrant)
-
-
-CHECKPOINTS = {
-    "plain": lambda block, reentrant: lambda x: checkpoint(block, x, use_reentrant=reentrant),
-    "nested": nested,
-    "in parts": lambda block, reentrant: (
-        lambda x: checkpoint(block[2:], checkpoint(block[:2], x, use_reentrant=reentrant), use_reentrant=reentrant)
-    ),
-}
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("wrapped", CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_checkpointing_changes_nothing(wrapped, reentrant, momentum):
-    """Same gradients, statistics moved once, nobody left waiting; one layer occurs twice in the block."""
-    batch = random_batch([(4, 3)] * 2)
-
-    def train(comm, wrap):
-        norm = randomized(SyncBatchNorm(3, momentum=momentum, process_group=comm))
-        linears = [nn.Linear(3, 3) for _ in range(2)]
-        for linear in linears:
-            nn.init.eye_(linear.weight)
-            nn.init.ones_(linear.bias)
-        block = nn.Sequential(linears[0], norm, nn.Tanh(), linears[1], norm).double()
-        y, dx = step(wrap(block), batch.xs[comm.rank], batch.gs[comm.rank])
-        return [y, dx, *(p.grad for p in block.parameters()), *block.buffers()]
-
-    plain = run_threads(2, lambda comm: train(comm, lambda block: block))
-    checkpointed = run_threads(2, lambda comm: train(comm, lambda block: wrapped(block, reentrant)))
-    for ours, theirs in zip(itertools.chain(*checkpointed), itertools.chain(*plain), strict=True):
-        assert_tensor_close(ours, theirs)
-
-
-def test_the_recomputation_is_a_forward_for_the_peers_too():
-    """Every replica issues the same collectives: forward, forward again, backward."""
-
-    def replica(comm):
-        recording = Recording(comm)
-        layer = SyncBatchNorm(3, process_group=recording)
-        step(lambda x: checkpoint(layer, x, use_reentrant=False), torch.randn(4, 3), torch.randn(4, 3))
-        return [length for length, _ in recording.calls], layer.num_batches_tracked.item()
-
-    assert run_threads(2, replica) == [([7, 7, 6], 1)] * 2
 
 
 # What is kept, and what is sent

@@ -47,7 +47,7 @@ def _groups(rank: int, size: int) -> dict[str, object]:
     return {
         "size": pair.size,
         "sum": pair.all_reduce(torch.tensor([float(rank)])).item(),
-        "same": resolve(2) is pair and layers[0]._group.communicator() is layers[1]._group.communicator(),
+        "same": resolve(2) is pair and communicator(layers[0]._group.key) is communicator(layers[1]._group.key),
         "node": resolve("node").size,
         "hosts": hosts(syncbn.world()),
         "world": resolve(None) is resolve("world") is syncbn.world(),
@@ -118,7 +118,7 @@ def _twice(rank: int, size: int) -> tuple[int, int, int]:
             layer(torch.randn(4, 1))
         for _ in range(20):
             syncbn.functional.sync_batch_norm(torch.randn(4, 1), process_group=handle)
-    return len(sums), memories() - before, len({id(layer._group.communicator()) for layer in layers})
+    return len(sums), memories() - before, len({id(communicator(layer._group.key)) for layer in layers})
 
 
 def test_a_handle_given_many_times_is_one_communicator(gloo) -> None:

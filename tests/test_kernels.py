@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from syncbn._plain import are_plain
 from syncbn._statistics import Running, update_running
 from syncbn.errors import InputError
 from syncbn.kernels import _composed, _select, composed_only, kernels_for
@@ -654,10 +655,12 @@ def test_strange_tensors_go_to_the_composed_kernels(kind):
     x, strange = torch.randn(2, 3), strange_tensors()[kind]
     plain = (x, nn.Parameter(x), nn.Buffer(x), None, torch.tensor(0))
     assert kernels_for(*plain) is compiled
+    assert are_plain(plain, "cpu")
     for position in range(len(plain)):
         tensors = list(plain)
         tensors[position] = strange
         assert not compiled.takes(*tensors)
+        assert not are_plain(tensors, "cpu")  # the same predicate, for other devices in Python
         assert kernels_for(*tensors) is _composed
 
 

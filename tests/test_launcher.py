@@ -187,9 +187,8 @@ def test_a_script_that_simply_ends_exits_0(launch, tmp_path) -> None:
     # Rank 0 ends a second later than its peers, as after a last evaluation.
     job = launch(2, script(tmp_path, "import time; time.sleep(1.0 if comm.rank == 0 else 0)"))
     assert job.returncode == 0, job.stdout
-    kind = {"torchrun": "TorchDistributed", "mpirun": "MPI", "horovodrun": "Horovod"}[launch.launcher]
-    assert f"{kind} 0 2 True" in job.stdout
-    assert f"{kind} 1 2 True" in job.stdout
+    assert f"{launch.world} 0 2 True" in job.stdout
+    assert f"{launch.world} 1 2 True" in job.stdout
 
 
 @pytest.mark.launcher

@@ -64,9 +64,9 @@ def checkpointed(*, reentrant: bool, depth: int = 1) -> Wrap:
     return wrap
 
 
-def in_parts(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    outer = lambda x: checkpoint(block[2:], checkpoint(block[:2], x, use_reentrant=False), use_reentrant=False)  # noqa: E731
-    return lambda x: checkpoint(outer, x, use_reentrant=False)
+def in_parts(*, reentrant: bool) -> Wrap:
+    part = checkpointed(reentrant=reentrant)
+    return lambda block: lambda x: part(block[2:])(part(block[:2])(x))
 
 
 REPEATS: dict[str, Wrap] = {
@@ -74,7 +74,9 @@ REPEATS: dict[str, Wrap] = {
     "not reentrant": checkpointed(reentrant=False),
     "nested, reentrant": checkpointed(reentrant=True, depth=2),
     "nested": checkpointed(reentrant=False, depth=3),
-    "parts within a whole": in_parts,
+    "in parts, reentrant": in_parts(reentrant=True),
+    "in parts": in_parts(reentrant=False),
+    "parts within a whole": lambda block: checkpointed(reentrant=False)(in_parts(reentrant=False)(block)),
     "by hand": by_hand,
     "fairscale": as_fairscale,
 }

@@ -339,10 +339,6 @@ class Group:
             return "world" if self.key == "world" else LostGroup(f"{self._kind} that was destroyed")
         return spec
 
-    def communicator(self) -> Communicator:
-        """Return the communicator, made at the first call; of the world, the one that is now."""
-        return communicator(self.key)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self
 

@@ -31,9 +31,6 @@ class _Room:
             self.barrier.wait()
         except threading.BrokenBarrierError:
             raise RuntimeError(f"a thread raised, or did not call within {self.timeout:g} s") from None
-        except BaseException:
-            self.barrier.abort()  # or the peers would wait for this one
-            raise
 
     def child(self, part: tuple[int, ...]) -> _Room:
         """Return the room of some of the threads, the same for all of them."""
