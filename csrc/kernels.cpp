@@ -248,7 +248,7 @@ void backward_input(int threads, nb::handle dy_, nb::handle x_, nb::handle dx_, 
 
 void bind_kernels(nb::module_ &module) {
     use_instruction_set("");
-    module.def("is_dense", [](nb::handle tensor) { return layout(tensor).has_value(); });
+    module.def("is_dense", [](nb::handle tensor) { return layout(Tensor(tensor)).has_value(); });
     module.def("moments", moments);
     module.def("normalize", normalize, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
                nb::arg().none(), nb::arg(), nb::arg().none());

@@ -1,9 +1,9 @@
-// The predicate of syncbn/_plain.py for the CPU: several times a step, for each tensor of a layer.
+// The predicates of syncbn/_plain.py and _checks.py for the CPU: several times a step, for each tensor of a layer.
 #include "tensors.h"
 
 namespace {
 
-// Types and dtypes are compared by identity: torch has one object for each.
+// Types and layouts are compared by identity: torch has one object for each.
 struct Known {
     PyObject *types[3], *strided;
 
@@ -16,23 +16,41 @@ struct Known {
     }
 };
 
-bool is_plain(PyObject *tensor) {
+bool is_plain(nb::handle tensor) {
     static const Known &known = *new Known;
     static PyObject *const layout_name = Torch::name("layout"), *const is_neg = Torch::name("is_neg");
-    PyObject *const type = (PyObject *)Py_TYPE(tensor);
+    PyObject *const type = (PyObject *)Py_TYPE(tensor.ptr());
     if (std::find(known.types, known.types + 3, type) == known.types + 3) return false;
-    if (!is_true(get(tensor, torch().is_cpu)) || get(tensor, layout_name).ptr() != known.strided) return false;
-    const nb::object dtype = get(tensor, torch().dtype);
-    const auto end = torch().dtypes + KNOWN;
-    return std::find(torch().dtypes, end, dtype.ptr()) != end && !is_true(call(tensor, is_neg));
+    return get(tensor, layout_name).ptr() == known.strided && !is_true(call(tensor, is_neg));
 }
 
 bool are_plain(nb::tuple tensors) {
-    for (nb::handle tensor : tensors)
-        if (!tensor.is_none() && !is_plain(tensor.ptr())) return false;
+    for (nb::handle tensor : tensors) {
+        if (tensor.is_none()) continue;
+        if (!is_plain(tensor)) return false;
+        const Tensor of(tensor);
+        if (!of.on_cpu || of.dtype == KNOWN) return false;
+    }
+    return true;
+}
+
+// input (N, C, *) with C > 0, and (C,) or None: all plain, on the CPU and floating.
+bool fit(nb::handle input, nb::args per_channel) {
+    if (!is_plain(input)) return false;
+    const Tensor x(input);
+    if (!x.on_cpu || x.dtype >= INT64 || x.dims < 2 || x.sizes[1] < 1) return false;
+    for (nb::handle tensor : per_channel) {
+        if (tensor.is_none()) continue;
+        if (!is_plain(tensor)) return false;
+        const Tensor of(tensor);
+        if (!of.on_cpu || of.dtype >= INT64 || of.dims != 1 || of.sizes[0] != x.sizes[1]) return false;
+    }
     return true;
 }
 
 }  // namespace
 
-void bind_plain(nb::module_ &module) { module.def("are_plain", are_plain); }
+void bind_plain(nb::module_ &module) {
+    module.def("are_plain", are_plain);
+    module.def("fit", fit);
+}

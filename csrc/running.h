@@ -23,12 +23,13 @@ class Buffer {
   public:
     Buffer(const char *name, nb::handle tensor, int64_t length) : tensor_(nb::borrow(tensor)) {
         if (tensor.is_none()) return;
-        check_length(name, tensor, length);
-        memory_ = Memory(name, tensor, length);
+        const Tensor given(tensor);
+        check_length(name, given, length);
+        memory_ = Memory(name, tensor, given);
         if (memory_->dtype == INT64) refuse_dtype(name, tensor);
-        if (memory_->dtype > FLOAT64 || !is_true(call(tensor, torch().is_contiguous))) {
-            copy_ = call(call(tensor, torch().to_double), torch().clone);
-            memory_ = Memory(name, copy_, length);
+        if (memory_->dtype > FLOAT64 || !given.is_contiguous()) {
+            copy_ = call(call(call(tensor, torch().to_double), torch().clone), torch().contiguous);
+            memory_ = Memory(name, copy_, Tensor(copy_));
         }
     }
 
@@ -66,8 +67,9 @@ class Running {
         : mean_("running_mean", field(fields, 0), C), var_("running_var", field(fields, 1), C) {
         const nb::handle batches = field(fields, 2), momentum = field(fields, 3);
         if (!batches.is_none()) {
-            check_length("num_batches_tracked", batches, 1);
-            const Memory of("num_batches_tracked", batches, 1);
+            const Tensor given(batches);
+            check_length("num_batches_tracked", given, 1);
+            const Memory of("num_batches_tracked", batches, given);
             if (of.dtype != INT64) refuse_dtype("num_batches_tracked", batches);
             batches_ = (int64_t *)of.at;
         }

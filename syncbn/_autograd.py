@@ -85,7 +85,7 @@ def backward(
     sums = kernels.backward_sums(dy, x, known)
     if not needs_x:
         return None, sums.to(dtype)
-    share = sums.to(dtype, copy=True)  # the sum over the replicas may take the place of `sums`
+    share = sums.clone() if dtype == sums.dtype else sums.to(dtype)  # the sum over the replicas may replace `sums`
     return kernels.backward_input(dy, x, known, weight, comm.all_reduce(sums)), share
 
 
@@ -193,4 +193,8 @@ def gradients(
         dtype = dtypes.pop() if len(dtypes) == 1 else known.dtype
         dx, share = run(dy, x, weight, known, ctx.comm, needs_x, dtype)
     dbias, dweight = share.chunk(2)  # this replica's share, on purpose: the trainer reduces parameters' gradients
-    return dx, dweight.to(weight.dtype) if needs_weight else None, dbias.to(ctx.bias_dtype) if needs_bias else None
+    return dx, _to(dweight, weight.dtype) if needs_weight else None, _to(dbias, ctx.bias_dtype) if needs_bias else None
+
+
+def _to(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)

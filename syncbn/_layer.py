@@ -82,8 +82,9 @@ class Synchronised(_BatchNorm):
 
 
 def _is_exported() -> bool:
-    traced = torch._C._get_tracing_state() is not None
-    return torch.compiler.is_exporting() or (traced and torch.onnx.is_in_onnx_export())
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
