@@ -26,8 +26,9 @@ def check(
     """
     if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, which would bake the shapes in
         return
-    if not torch.compiler.is_compiling() and native is not None and native.fit(input, weight, bias, running_mean, running_var):
-        return  # the usual case, in a fifth of the time
+    per_channel = (weight, bias, running_mean, running_var)
+    if native is not None and not torch.compiler.is_compiling() and native.fit(input, *per_channel):
+        return  # the usual case, in less time
     shape = input.shape
     if len(shape) < 2:
         raise InputError(f"expected 2D or more input, got {len(shape)}D of shape {tuple(shape)}: pass (N, C, *)")
@@ -36,7 +37,7 @@ def check(
     if channels == 0:
         raise InputError(f"expected at least 1 channel, got input of shape {tuple(shape)}")
     expected = (channels,)
-    for name, tensor in zip(_PER_CHANNEL, (weight, bias, running_mean, running_var), strict=True):
+    for name, tensor in zip(_PER_CHANNEL, per_channel, strict=True):
         if tensor is None:
             continue
         if tensor.shape != expected:

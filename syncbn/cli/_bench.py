@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -184,10 +185,10 @@ def layer(case: Case, comm: Communicator, repeats: int) -> Record:
     }
 
 
-def forward_backward(module: nn.Module, x: Tensor, dy: Tensor) -> None:
+def forward_backward(module: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> None:
     """One forward and one backward down to the input."""
     x.grad = None
-    module(x).backward(dy)
+    module(x).backward(dy)  # type: ignore[no-untyped-call]
 
 
 def _composed(module: nn.Module, x: Tensor, dy: Tensor) -> None:
@@ -224,18 +225,27 @@ def compiled(case: Case, comm: Communicator, repeats: int) -> Record:
         return {"case": str(case), "seconds": {}, "to_eager": None}
     torch.compiler.reset()  # another shape in the same code would be compiled for any shape
     x, dy = case.random().requires_grad_(), case.random()
-    eager, graph = (nn.Sequential(syncbn.SyncBatchNorm(case.shape[1], device=device()), nn.ReLU()) for _ in range(2))
-    graph.compile(fullgraph=True)
+    ours, theirs = (
+        nn.Sequential(norm(case.shape[1], device=device()), nn.ReLU())
+        for norm in (syncbn.SyncBatchNorm, nn.BatchNorm2d)
+    )
+    # Not ours.compile(), which leaves out what is defined in torch.nn: the ReLU.
+    graph, their_graph = (torch.compile(copy.deepcopy(pair), fullgraph=True) for pair in (ours, theirs))
     forward_backward(graph, x, dy)  # compiles; what a second run may compile again is left to the run to warm up
+    forward_backward(their_graph, x, dy)
     variants = {
         "compiled": lambda: forward_backward(graph, x, dy),
-        "eager": lambda: forward_backward(eager, x, dy),
+        "eager": lambda: forward_backward(ours, x, dy),
+        "nn.BatchNorm2d compiled": lambda: forward_backward(their_graph, x, dy),
+        "nn.BatchNorm2d eager": lambda: forward_backward(theirs, x, dy),
     }
     times = interleaved(variants, comm, repeats)
     return {
         "case": str(case),
         "seconds": {name: median(t) for name, t in times.items()},
         "to_eager": paired_ratio(times["compiled"], times["eager"]),
+        "to_eager_of_batch_norm": paired_ratio(times["nn.BatchNorm2d compiled"], times["nn.BatchNorm2d eager"]),
+        "to_batch_norm": paired_ratio(times["compiled"], times["nn.BatchNorm2d compiled"]),
     }
 
 

@@ -65,10 +65,12 @@ def _layers(rows: list[Record]) -> Table:
 
 
 def _compiled(rows: list[Record]) -> Table:
-    table = _table("Forward + backward of norm + ReLU under torch.compile, ms", "input", "compiled", "eager", "ratio")
+    names = ("compiled", "eager", "nn.BatchNorm2d compiled", "nn.BatchNorm2d eager")
+    ratios = ("to_eager", "to_eager_of_batch_norm", "to_batch_norm")
+    columns = (*names, "compiled / eager", "the same of nn.BatchNorm2d", "compiled / nn.BatchNorm2d compiled")
+    table = _table("Forward + backward of norm + ReLU under torch.compile, ms", "input", *columns)
     for row in rows:
-        cells = [_ms(row["seconds"].get(name)) for name in ("compiled", "eager")]
-        table.add_row(row["case"], *cells, _ratio(row["to_eager"]))
+        table.add_row(row["case"], *(_ms(row["seconds"].get(n)) for n in names), *(_ratio(row.get(n)) for n in ratios))
     return table
 
 
