@@ -77,7 +77,7 @@ def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
 
 
 class GlooPool:
-    """`size` processes that live through the session: a spawn per test costs ten times as much."""
+    """`size` processes that live through the session. They are forked from a server that has imported torch already."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -85,7 +85,8 @@ class GlooPool:
 
     def start(self) -> None:
         rendezvous = tempfile.mktemp(prefix="syncbn-pool-")
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo", "syncbn"])
         for rank in range(self.size):
             here, there = context.Pipe()
             worker = context.Process(target=_serve, args=(rank, self.size, rendezvous, there), daemon=True)

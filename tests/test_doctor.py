@@ -392,6 +392,7 @@ def test_an_ill_rank(launch, tmp_path, fault: str, seconds: int, words: dict[str
     assert words.get(launch.launcher, "") in job.stdout
 
 
+@pytest.mark.launcher
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("env", "words"),

@@ -260,6 +260,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+@pytest.mark.launcher
 @pytest.mark.timeout(90)
 def test_worlds_come_and_go_with_torchruns_own_store(tmp_path) -> None:
     """Where torchrun's agents serve the store, the keys of the world before are still in it."""
@@ -294,6 +295,7 @@ if sys.argv[3] == "destroyed":
 """
 
 
+@pytest.mark.launcher
 @pytest.mark.parametrize("end", ["destroyed", "alive"])
 def test_a_loss_that_is_alive_at_exit_is_quiet(tmp_path, end: str) -> None:
     command = [sys.executable, "-c", QUIET]
