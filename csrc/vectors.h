@@ -88,6 +88,12 @@ struct Element<bfloat16> {
 #if defined(__AVX512F__)  // gcc 12 takes these conversions apart
     static INLINE Bits extend(Stored v) { return (Bits)_mm512_cvtepu16_epi32((__m256i)v); }
     static INLINE Stored cut(Bits v) { return (Stored)_mm512_cvtepi32_epi16((__m512i)v); }
+#elif defined(__AVX2__)
+    static INLINE Bits extend(Stored v) { return (Bits)_mm256_cvtepu16_epi32((__m128i)v); }
+    static INLINE Stored cut(Bits v) {  // of 16 bits each: none is saturated
+        const __m256i bits = (__m256i)v;
+        return (Stored)_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    }
 #else
     static INLINE Bits extend(Stored v) { return __builtin_convertvector(v, Bits); }
     static INLINE Stored cut(Bits v) { return __builtin_convertvector(v, Stored); }
