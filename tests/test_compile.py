@@ -183,3 +183,9 @@ def test_the_first_step_under_a_real_launcher(launch) -> None:
     assert job.returncode == 0, job.stdout
     for rank in range(3):
         assert f"compiled: {launch.world} rank {rank} of 3" in job.stdout
+
+
+def test_only_the_output_of_the_operation_has_a_gradient() -> None:
+    x = torch.randn(4, 2, requires_grad=True)
+    outputs = torch.ops.syncbn.forward(x, None, None, None, None, None, 1e-5, False, "world")
+    assert [output.requires_grad for output in outputs] == [True, False, False]

@@ -93,6 +93,13 @@ def test_the_operations_called(emulated: list[str]) -> None:
     ]
 
 
+@pytest.mark.usefixtures("emulated")
+def test_the_sums_of_a_constant_channel() -> None:
+    """The kernel says 0 for 1/σ there, and means a variance of 0."""
+    payload = _torch.moments(torch.full((4, 1, 2), 3.0))
+    assert payload.tolist() == [24.0, 72.0, 8.0]
+
+
 def test_takes_no_tensor_of_the_cpu() -> None:
     assert not _torch.takes(torch.ones(2, 3))
     assert _torch.takes(None)

@@ -19,6 +19,7 @@ import syncbn
 from syncbn.comm import SingleProcess, TorchDistributed
 from syncbn.comm._distributed import Pairs
 from syncbn.comm._groups import Group, communicator, consecutive, hosts, key_of, resolve
+from syncbn.comm._groups import _keys as keys_by_id
 from syncbn.comm._protocol import LostGroup
 from syncbn.errors import CollectiveError, GroupError, LaunchError
 
@@ -164,10 +165,13 @@ def _keys(rank: int, size: int) -> None:
     assert all(communicator(key_of(spec)) is resolve(spec) for spec in specs)
     assert resolve(own) is own
     assert resolve(dist.group.WORLD) is syncbn.world()
-    of_own = key_of(own)
+    of_own, identity = key_of(own), id(own)
     del own, specs
+    assert identity not in keys_by_id  # the next object there is another group
     with pytest.raises(GroupError, match="does not exist any more"):
         communicator(of_own)
+    with pytest.raises(GroupError, match="no collectives for meta tensors"):
+        syncbn.world().all_reduce(torch.empty(3, device="meta"))
     with pytest.raises(GroupError, match=r"1-D DeviceMesh, got 2 dimensions.*mesh\['name'\]"):
         syncbn.SyncBatchNorm(1, process_group=init_device_mesh("cpu", (size, 1), mesh_dim_names=("a", "b")))
 

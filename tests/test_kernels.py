@@ -492,6 +492,25 @@ def test_one_value_has_no_variance(kernels):
     assert [t.tolist() for t in running[:3]] == [[1, 1], [1, 1], 0]
 
 
+def test_one_value_moves_what_a_device_cannot_refuse():
+    """On an accelerator nobody looks at N: the variance of one value counts as it is."""
+    running = Running(torch.ones(1), torch.ones(1), torch.tensor(0), 0.5)
+    update_running(running, torch.tensor([3.0, 13.0, 1.0]).double())
+    assert [t.tolist() for t in running[:3]] == [[2.0], [2.5], 1]
+    dx = _composed.backward_input(
+        torch.tensor([[2.0]]), torch.zeros(1, 1), torch.tensor([0.0, 1.0, 1.0]).double(), None, torch.tensor([2.0, 0.0])
+    )
+    assert dx.tolist() == [[0.0]]
+
+
+def test_either_buffer_may_be_absent(kernels):
+    x, var, mean = random((4, 3), torch.float64), torch.ones(3), torch.zeros(3)
+    move(kernels, Running(None, var), x)
+    move(kernels, Running(mean, None), x)
+    torch.testing.assert_close(var.double(), 0.9 + 0.1 * x.var(0))
+    torch.testing.assert_close(mean.double(), 0.1 * x.mean(0))
+
+
 # The boundary of the compiled module. Each argument lies between guards.
 SIZE, CHANNELS, GUARD = (2, 3, 67), 3, 100
 

@@ -419,3 +419,10 @@ def test_a_tensor_whose_values_are_elsewhere_is_refused(which, training):
     arguments[which] = TwoTensor(arguments[which], arguments[which])
     with pytest.raises(DTypeError, match=rf"ordinary tensor as {which}, got a TwoTensor.*DTensor.to_local"):
         syncbn.functional.sync_batch_norm(**arguments, training=training, process_group=Unreachable())
+
+
+def test_the_defaults_of_the_function_are_those_of_torch():
+    x, ours, theirs = torch.randn(8, 3), [torch.zeros(3), torch.ones(3)], [torch.zeros(3), torch.ones(3)]
+    y = syncbn.functional.sync_batch_norm(x, *ours)
+    torch.testing.assert_close(y, nn.functional.batch_norm(x, *theirs, training=True))
+    torch.testing.assert_close(ours, theirs)

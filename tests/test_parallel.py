@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 import syncbn
 from syncbn import SyncBatchNorm, average_gradients, broadcast_parameters, convert_sync_batchnorm, global_mean
+from syncbn._buckets import _pieces
 from syncbn.comm import SingleProcess, run_threads
 from syncbn.errors import DTypeError, InputError
 
@@ -413,6 +414,11 @@ def test_large_gradients_go_in_pieces(monkeypatch):
     assert all(6 <= length < 12 for length, dtype in calls[1:-2] if dtype == torch.float32)
     assert calls[-1] == (2, torch.float64)
     assert len(calls) <= 1 + 30 // 6 + 1 + 1
+
+
+def test_a_large_tensor_is_cut_along_its_first_dimensions():
+    assert [len(piece) for piece in _pieces(torch.empty(10, 3), 7)] == [2] * 5
+    assert [tuple(piece.shape) for piece in _pieces(torch.empty(2, 10), 4)] == [(4,), (4,), (2,)] * 2
 
 
 def test_the_sizes_that_the_docstrings_name():
