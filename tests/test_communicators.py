@@ -13,7 +13,7 @@ import torch.distributed as dist
 from conformance import CHECKS, STATES, conformance, states
 
 from syncbn.comm import Communicator, SharedMemory, SingleProcess, TorchDistributed, run_threads
-from syncbn.comm._protocol import BaseCommunicator
+from syncbn.comm._protocol import BaseCommunicator, wait_until
 from syncbn.errors import CollectiveError, GroupError
 
 
@@ -137,3 +137,9 @@ def _one_never_calls(rank: int, size: int) -> str:
 
 def test_a_peer_that_never_calls_is_an_error_after_the_timeout(gloo) -> None:
     assert "timed out" in gloo(2, _one_never_calls)[0].lower()
+
+
+def test_waiting_has_an_end() -> None:
+    looks = iter([False, False, True])
+    assert wait_until(lambda: next(looks), 10)
+    assert not wait_until(lambda: False, 0.01)
