@@ -743,6 +743,7 @@ def test_refuses_unknown_instruction_sets():
         _native.use_instruction_set("abacus")
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.skipif(not hasattr(torch.Tensor, EXCHANGE), reason="this torch has no exchange: all tests here go without")
 def test_without_the_exchange_tensors_are_asked_for_their_attributes():
     code = f"import sys, pytest, torch; del torch.Tensor.{EXCHANGE}; sys.exit(pytest.main(sys.argv[1:]))"
