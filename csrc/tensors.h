@@ -66,7 +66,7 @@ struct Torch {
         if (!capsule.is_none())
             exchange = (const dlpack::Exchange *)PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
         if (PyErr_Occurred()) throw nb::python_error();
-        while (exchange && exchange->version.major > 1) exchange = exchange->previous;
+        while (exchange && (exchange->version.major != 1 || !exchange->describe)) exchange = exchange->previous;
     }
     static PyObject *name(const char *text) { return PyUnicode_InternFromString(text); }
 };
