@@ -41,5 +41,5 @@ say "running the tests"
 # What Python keeps to its end is no leak. libasan looks for C++'s `throw` as it starts, when Python has none yet. The
 # sanitizers take several times as long: so may a test. What only rounding is judged by is left out.
 env LD_PRELOAD="$asan $("$compiler" -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  venv/bin/python -m pytest -o timeout=300 -k "not composed and not twice" tests/test_kernels.py tests/test_shared_memory.py "$@"
+  venv/bin/python -m pytest -o timeout=300 --capture=sys -k "not composed and not twice" tests/test_kernels.py tests/test_shared_memory.py "$@"
 say "passed: no wrong address, no undefined behaviour"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 
+import onnx
 import pytest
 import torch
 from reference import Unreachable, randomized
@@ -110,6 +111,19 @@ def test_export_in_training_is_that_of_nn_batch_norm() -> None:
     ours, theirs = ([str(node.target) for node in p.graph.nodes if node.op == "call_function"] for p in programs)
     assert ours == theirs
     assert any("batch_norm" in target for target in ours)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own: of training mode, of what it uses itself
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_export_in_training_is_that_of_nn_batch_norm(dynamo: bool, tmp_path) -> None:
+    file, training = tmp_path / "model.onnx", torch.onnx.TrainingMode.TRAINING
+    options = {"optimize": False} if dynamo else {"training": training}
+    graphs = []
+    for net in (convert_sync_batchnorm(model()), model()):
+        torch.onnx.export(net.train(), (images(),), file, dynamo=dynamo, verbose=False, **options)
+        graphs.append([(node.op_type, str(node.attribute)) for node in onnx.load(file).graph.node])
+    assert graphs[0] == graphs[1]
+    assert "BatchNormalization" in {kind for kind, _ in graphs[0]}
 
 
 def test_export_in_training_with_peers_is_refused() -> None:
