@@ -98,6 +98,7 @@ def main() -> None:
         shuffle(order)
         for name in order:
             results[name].append(job(VARIANTS[name], arguments.steps))
+            print(f"{name}: {results[name][-1]}", file=sys.stderr)
     table = Table(title="A training step of ResNet-18, 2 ranks x 1 thread, 4 x 224² each", title_justify="left")
     columns = (
         "malloc",
@@ -123,7 +124,7 @@ def main() -> None:
             f"{ratio['seconds']:.2f}", f"{median['processor'] * 1e3:.0f}", f"{ratio['processor']:.2f}",
             f"{median['faults']:.0f}", f"{median['peak']:.0f}",
         )  # fmt: skip
-    Console(width=120).print(table)
+    Console(width=132).print(table)
 
 
 if __name__ == "__main__":
