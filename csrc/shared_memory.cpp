@@ -45,6 +45,10 @@ constexpr std::size_t kPage = 4096;
 constexpr std::size_t kBufferBytes = 64 << 10;  // 8192 float64: a layer of 4095 channels in one round
 constexpr Seconds kSpin{50e-6};                 // about what it takes to be woken on an idle machine
 constexpr Seconds kYield{2e-3};                 // as long again and more: a virtual processor that idles is slow to wake
+// Where others use the core, who yields gets it back when their time is up, milliseconds later; who sleeps, when woken.
+constexpr Seconds kTaken{100e-6};  // between two looks: somebody else had the core
+constexpr int kWary = 200;         // so many waits, from then on, go to sleep
+constexpr Seconds kGlance{10e-6};  // after this time
 constexpr Seconds kLook{0.1};                   // how often a sleeper looks for signals and lost peers
 
 struct Signature {
@@ -224,9 +228,16 @@ class SharedMemory {
             return;
         }
         const auto begin = Clock::now();
-        for (auto waited = Seconds{0}; waited <= awake_; waited = Clock::now() - begin) {
+        const Seconds awake = wary_ > 0 ? std::min(kGlance, awake_) : awake_;
+        wary_ = std::max(wary_ - 1, 0);
+        bool taken = false;
+        for (Seconds waited{0}, before{0}; waited <= awake && !taken; before = waited) {
             waited < kSpin ? relax() : void(sched_yield());  // to whoever else wants the core
-            if (all_posted()) return;
+            const bool posted = all_posted();
+            waited = Clock::now() - begin;
+            taken = waited - before > kTaken;
+            if (taken) wary_ = kWary;
+            if (posted) return;
         }
         sleep_until_all_posted(begin, timeout);
     }
@@ -320,6 +331,7 @@ class SharedMemory {
     File file_;
     Mapping memory_;
     Seconds awake_{0};  // before a wait goes to sleep: there is a core for each rank, or not
+    int wary_ = 0;       // waits that are still to be short
     std::uint32_t round_ = 0;
     std::mutex mutex_;
 };

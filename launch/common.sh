@@ -46,7 +46,9 @@ print_launcher_help() {
 
 Uses .venv-syncbn in the repository root, or what SYNCBN_VENV names, if it is there (launch/setup.sh makes it), else the
 active environment; it and the script have the same path on every host. Each rank gets OMP_NUM_THREADS = cores / ranks of
-its host, unless that is set.
+its host, unless that is set; and, on CPUs, MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=9223372036854775807, with which
+it keeps the memory of freed tensors, unless you set malloc yourself (GLIBC_TUNABLES=glibc.malloc.hugetlb=0 leaves it as
+it is).
 A rank that fails ends the whole job, and the exit status is then not 0.
 END
 }
@@ -110,6 +112,22 @@ ask_hosts() { # PYTHON
 threads_each() { # RANKS: of this host, for each of so many ranks
   local threads=$((${SLURM_CPUS_ON_NODE:-$(nproc)} / $1)) # a SLURM job may have less than the node
   echo $((threads > 0 ? threads : 1))
+}
+
+# On CPUs, has glibc's malloc keep what is freed: of large tensors it else gives every page back, and each step fetches
+# them anew (docs/performance.md). Not where the user has settings, or a malloc, of their own.
+keep_memory() {
+  if [[ ! -v MALLOC_MMAP_MAX_ && ! -v MALLOC_MMAP_THRESHOLD_ && ! -v MALLOC_TRIM_THRESHOLD_ && ! -v MALLOC_TOP_PAD_ &&
+    ${GLIBC_TUNABLES-} != *glibc.malloc.* && ${LD_PRELOAD-} != *malloc* ]] &&
+    getconf GNU_LIBC_VERSION >/dev/null 2>&1 && ! has_gpus; then
+    # No block from mmap, no trim. MALLOC_MMAP_THRESHOLD_ would do too, but older releases take no more than 32 MiB.
+    settings+=(MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=9223372036854775807)
+  fi
+}
+
+# Of NVIDIA or AMD, and not hidden. nvidia-smi without a driver says so on stdout.
+has_gpus() {
+  [[ ${CUDA_VISIBLE_DEVICES-all} != @(|-1|NoDevFiles) && (-e /dev/kfd || $(nvidia-smi -L 2>/dev/null) == GPU\ *) ]]
 }
 
 # Becomes the launcher, with the variables in the array `settings` added to the environment.

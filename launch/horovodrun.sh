@@ -32,4 +32,5 @@ flags=(-np "$procs" --gloo --gloo-timeout-seconds 120)
   flags+=(-H "$hosts_from_here" --network-interfaces "$interfaces" --start-timeout "$timeout" --disable-cache)
 
 settings+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}")
+keep_memory
 launch "$horovodrun" "${flags[@]}" "$python"

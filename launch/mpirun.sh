@@ -23,13 +23,12 @@ ask_hosts "$python"
 
 # MPICH reads what the ranks print through a pipe, where Python keeps lines back.
 settings+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}" PYTHONUNBUFFERED=1)
+keep_memory
 # Bound ranks would run all their threads on one core each, and the first ranks of all hosts or jobs on the first cores.
 flags=(-n "$procs" --bind-to none)
 version=$("$mpirun" --version 2>&1) || die "$mpirun --version failed: $version"
 case $version in
   *"Open MPI"* | *OpenRTE*)
-    # mpirun refuses to run as root unless told twice; in a container there is no other user.
-    ((EUID)) || settings+=(OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1)
     if [[ $hosts ]]; then
       flags+=(--host "$hosts" --mca btl_tcp_if_include "$networks" --prtemca prte_if_include "$networks")
       # A cut link: ssh ends after 30 s, and mpirun with it; else when the kernel gives its connections up, in 15 minutes.
@@ -37,13 +36,16 @@ case $version in
       # Ranks wait awake. On one host Open MPI sees that they outnumber the cores and lets them give way.
       ((! crowded)) || flags+=(--mca mpi_yield_when_idle 1)
       # Ranks on other hosts get none of our variables but those named.
-      for name in OMP_NUM_THREADS $(compgen -e | grep -E '^(PYTHON|SYNCBN|TORCH|CUDA|NCCL|GLOO)'); do
+      wanted='^(PYTHON|SYNCBN|TORCH|CUDA|NCCL|GLOO|MALLOC_|GLIBC_TUNABLES$|LD_PRELOAD$)'
+      for name in $({ printf '%s\n' "${settings[@]%%=*}" && compgen -e | grep -E "$wanted"; } | sort -u); do
         flags+=(-x "$name")
       done
     else
       # More ranks than cores, which it else refuses.
       flags+=(--map-by :OVERSUBSCRIBE)
     fi
+    # mpirun refuses to run as root unless told twice; in a container there is no other user.
+    ((EUID)) || settings+=(OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1)
     ;;
   *HYDRA*)
     [[ ! $hosts ]] || flags+=(-hosts "$hosts" -iface "${interfaces%%,*}")

@@ -3,7 +3,8 @@
 #
 # What each task of launch/slurm-srun.sbatch runs, for batch scripts of your own, too: finds how this node reaches the
 # others, tells PyTorch and syncbn.init() by MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, sets
-# OMP_NUM_THREADS = cores / tasks of this node unless that is set, and becomes python SCRIPT, or python -m MODULE.
+# OMP_NUM_THREADS = cores / tasks of this node unless that is set, and malloc to keep freed memory on CPUs as
+# launch/torchrun.sh --help says, and becomes python SCRIPT, or python -m MODULE.
 #
 # Options:
 #   --interface NAME    network interface between the nodes; else the one that the route to the other nodes takes
@@ -42,4 +43,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_each "${#tasks[@]}")}
 export MASTER_ADDR=$head MASTER_PORT=$port GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME="=$interface"
 # Python keeps back lines that do not go to a terminal; those of a rank that is killed would be lost.
 export PYTHONUNBUFFERED=1
-exec "$python" "${script[@]}"
+keep_memory
+exec env "${settings[@]}" "$python" "${script[@]}"

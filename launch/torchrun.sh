@@ -31,6 +31,7 @@ settings+=(
   # pytorch#167288.
   TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 )
+keep_memory
 ranks=(--nproc-per-node="$procs_per_node" --max-restarts="$max_restarts")
 
 if ((nodes == 1)); then

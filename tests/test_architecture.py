@@ -37,7 +37,7 @@ LAYERS = [
     {"_alike"},
     {"_convert", "_launcher", "_parallel"},
     {""},
-    {"cli._measure", "cli._report", "cli._network"},
+    {"cli._measure", "cli._report", "cli._network", "cli._malloc"},
     {"cli._job", "cli._training"},
     {"cli._bench", "cli._installation", "cli._cluster", "cli._comparison"},
     {"cli._doctor", "cli._model"},

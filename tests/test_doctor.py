@@ -42,7 +42,7 @@ RANK = Facts(
     rank=0, host="node1", device="cpu", device_id="", interface="eth0", address="10.0.0.1",
     variable="GLOO_SOCKET_IFNAME", remedy="set GLOO_SOCKET_IFNAME=eth0 on node1", cores="0xf", threads=2,
     python="3.11.7", torch="2.13.0", syncbn="0.1.0",
-    compiled="avx2", kernels_setting="", shared_memory_setting="",
+    compiled="avx2", kernels_setting="", shared_memory_setting="", gives_memory_back=False,
 )  # fmt: skip
 NODE2 = replace(RANK, rank=1, host="node2", address="10.0.0.2")
 LOOPBACK = replace(RANK, interface="lo", address="127.0.0.1")
@@ -67,6 +67,7 @@ MISSING = replace(RANK, compiled="")
         [CUDA, replace(CUDA, rank=1, host="node2", compiled="", shared_memory_setting="0")],  # of no use there
         [replace(RANK, shared_memory_setting="0"), replace(RANK, rank=1, shared_memory_setting="0")],
         [replace(RANK, variable=""), replace(RANK, variable="", rank=1, shared_memory_setting="0")],  # MPI
+        [replace(CUDA, gives_memory_back=True)],  # its large tensors are elsewhere
     ],
 )
 def test_sound_ranks(world: list[Facts]) -> None:
@@ -90,6 +91,7 @@ def test_sound_ranks(world: list[Facts]) -> None:
         ([MISSING, replace(RANK, rank=1)], "warning", "rank 0: without the compiled kernels"),
         ([CUDA, replace(CUDA, rank=1, host="node2", kernels_setting="composed")], "warning", "rank 1: SYNCBN_KERNELS"),
         ([RANK, replace(RANK, rank=1, shared_memory_setting="0")], "warning", "rank 1: SYNCBN_SHARED_MEMORY=0"),
+        ([RANK, replace(RANK, rank=1, gives_memory_back=True)], "hint", "rank 1: malloc gives the memory of"),
     ],
 )
 def test_what_is_wrong_is_named(world: list[Facts], severity: str, words: str) -> None:

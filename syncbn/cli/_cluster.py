@@ -23,6 +23,7 @@ from syncbn.comm import Communicator, SharedMemory, TorchDistributed
 from syncbn.errors import BackendError
 
 from ._job import plural
+from ._malloc import REMEDY, gives_memory_back
 from ._network import Network
 
 NUMEL = 129  # the collective of a layer of 64 channels
@@ -49,6 +50,7 @@ class Facts:
     compiled: str  # the instruction set of the compiled module; "" where that is missing
     kernels_setting: str  # SYNCBN_KERNELS
     shared_memory_setting: str  # SYNCBN_SHARED_MEMORY
+    gives_memory_back: bool  # malloc, as it comes
 
     @property
     def kernels(self) -> str:
@@ -86,12 +88,13 @@ def facts(launch: Launch, here: Network) -> Facts:
         compiled="" if native is None else native.instruction_sets()[0],
         kernels_setting=os.environ.get("SYNCBN_KERNELS", ""),
         shared_memory_setting=os.environ.get("SYNCBN_SHARED_MEMORY", ""),
+        gives_memory_back=gives_memory_back(os.environ),
     )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong: an "error" makes the cluster unfit, a "warning" does not."""
+    """Something wrong: an "error" makes the cluster unfit, a "warning" or a "hint" does not."""
 
     severity: str
     text: str
@@ -99,7 +102,7 @@ class Finding:
 
 def findings(world: Sequence[Facts]) -> list[Finding]:
     """Compare the ranks. Pure."""
-    return [*_versions(world), *_devices(world), *_addresses(world), *_cores(world), *_paths(world)]
+    return [*_versions(world), *_devices(world), *_addresses(world), *_cores(world), *_paths(world), *_malloc(world)]
 
 
 def by_host(world: Iterable[Facts]) -> dict[str, list[Facts]]:
@@ -195,6 +198,13 @@ def _paths(world: Sequence[Facts]) -> Iterable[Finding]:
             f"{_ranks(apart)}: SYNCBN_SHARED_MEMORY=0, so that CPU tensors reach the other ranks of the host by sockets"
         )
         yield Finding("warning", f"{text}: unset it there")
+
+
+def _malloc(world: Sequence[Facts]) -> Iterable[Finding]:
+    slow = [rank for rank in world if rank.gives_memory_back and not rank.device_id]
+    if slow:
+        text = f"{_ranks(slow)}: malloc gives the memory of large tensors back, and each step fetches it anew"
+        yield Finding("hint", f"{text}: {REMEDY}")
 
 
 @dataclass(frozen=True)

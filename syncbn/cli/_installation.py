@@ -24,6 +24,7 @@ from syncbn.comm import Communicator, SharedMemory, run_threads
 from syncbn.errors import SyncBatchNormError
 
 from ._job import plural
+from ._malloc import REMEDY, gives_memory_back
 from ._network import network
 
 PROBE_SECONDS = 60.0
@@ -50,7 +51,7 @@ def parts() -> list[Part]:
     """Look at everything; takes a few seconds, most of them in importing Horovod."""
     with ThreadPoolExecutor() as pool:  # the two that start a process
         mpi, horovod = pool.submit(_mpi), pool.submit(_horovod)
-        local = [_python(), _torch(), *_cuda(), _gloo(), _kernels(), _shared_memory(), _host_name()]
+        local = [_python(), _torch(), *_cuda(), _gloo(), _kernels(), _shared_memory(), _malloc(), _host_name()]
     return [*local, mpi.result(), _mpirun(mpi.result()), horovod.result()]
 
 
@@ -117,6 +118,13 @@ def _sum_in_shared_memory(comm: Communicator) -> float:
     x = torch.tensor([comm.rank + 1.0], dtype=torch.float64, device="cpu")
     with contextlib.closing(SharedMemory(comm)) as memory:
         return memory.all_reduce(x).item()
+
+
+def _malloc() -> Part:
+    if not gives_memory_back(os.environ):
+        return Part("malloc", "ok", "set, or another than glibc's")
+    what = "glibc's as it comes: gives the memory of large tensors back, and each step fetches it anew"
+    return Part("malloc", "ok", what, "" if torch.cuda.is_available() else f"for training on CPUs {REMEDY}")
 
 
 def _host_name() -> Part:

@@ -117,6 +117,7 @@ def test_after_a_good_preflight_the_script_starts(hosts, launch, launcher: str, 
         ("torchrun", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
         ("torchrun", "--rdzv-endpoint=10.77.0.1:20071 --rdzv-id=71"),  # of SLURM_JOB_ID
         ("mpirun", "--bind-to none --host node1:2,node2:2 --mca btl_tcp_if_include 10.77.0.0/24"),
+        ("mpirun", "-x MALLOC_MMAP_MAX_ -x MALLOC_TRIM_THRESHOLD_"),
         ("horovodrun", "-H localhost:2,node2:2 --network-interfaces eth0 --start-timeout 9"),
     ],
 )
