@@ -191,7 +191,10 @@ def _move(buffer, stride, channel, channels, momentum, value, count):
     at = buffer + channel * stride
     before = tl.load(at, exists, 0.0).to(tl.float64)
     after = before + tl.where(count > 0, momentum * (value - before), 0.0)
-    tl.store(at, after.to(buffer.dtype.element_ty), exists)
+    if buffer.dtype.element_ty == tl.float64:
+        tl.store(at, after, exists)
+    else:  # by way of float32, as torch rounds
+        tl.store(at, after.to(tl.float32).to(buffer.dtype.element_ty), exists)
 
 
 @triton.jit
@@ -210,13 +213,13 @@ def _settle(
         number = tl.load(batches) + tl.where(count >= 0, 1, 0)
         tl.store(batches, number)
     if momentum is not None:
-        weight = momentum
+        weight = tl.full([], momentum, tl.float64)
     elif momentum_at is not None:
         weight = tl.load(momentum_at).to(tl.float64)
     elif batches is not None:
         weight = 1.0 / number.to(tl.float64)
     else:
-        weight = 0.0  # then there are no buffers
+        weight = tl.full([], 0.0, tl.float64)  # then there are no buffers
     unbias = count / tl.where(count < 2, 1.0, count - 1)
     for start in range(0, channels, 256):
         channel = start + tl.arange(0, 256)
