@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when the Triton kernels are imported: no GPU is at hand
 
-from syncbn.kernels import _select, _triton, composed_only  # noqa: E402
+from syncbn.kernels import composed_only
 
 collect_ignore = ["jobs"]  # scripts: --doctest-modules would import, and so run, them
 ROOT = Path(__file__).parents[1]

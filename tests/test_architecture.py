@@ -56,7 +56,11 @@ KNOWS_BATCH_NORM = {
     "_layer",
     "_convert",
 }
-OPTIONAL = {"mpi4py": {"comm._mpi"}, "horovod": {"comm._horovod"}, "triton": {"kernels._triton", "kernels._triton_code"}}
+OPTIONAL = {
+    "mpi4py": {"comm._mpi"},
+    "horovod": {"comm._horovod"},
+    "triton": {"kernels._triton", "kernels._triton_code"},
+}
 DEFERRED = {"kernels._triton_code": "kernels._triton"}  # imports an optional package at its top: and its only importer
 
 

@@ -4,7 +4,8 @@ Two layouts cover everything: planes, (outer, channels, inner) in memory, and ro
 program works on one block of channels, which is one channel of planes or `columns` channels of rows, and on `per`
 tiles of it, one after another. A tile is (lines, columns): of planes, lines samples by columns positions; of rows,
 lines rows by columns channels. What belongs to a channel is a scalar with planes and (columns,) with rows; both
-broadcast against a tile.
+broadcast against a tile. (A choice by `rows` is made while compiling: one expression, since a function that returns in
+two places would have to return the same type in both.)
 
 Work per value is float32, or float64 for float64, about a pivot p; what is kept of a channel is float64.
 """
@@ -35,19 +36,13 @@ def _place(number, block, outer, inner, channels, rows: tl.constexpr, lines: tl.
 @triton.jit
 def _channel(block, rows: tl.constexpr, columns: tl.constexpr):
     """Return the number of the block's channel, or of its channels, (columns,)."""
-    if rows:
-        return block * columns + tl.arange(0, columns)
-    else:
-        return block
+    return block * columns + tl.arange(0, columns) if rows else block
 
 
 @triton.jit
 def _per_channel(tile, rows: tl.constexpr):
     """Add up what belongs to the same channel."""
-    if rows:
-        return tl.sum(tile, 0)
-    else:
-        return tl.sum(tile)
+    return tl.sum(tile, 0) if rows else tl.sum(tile)
 
 
 @triton.jit
@@ -62,10 +57,7 @@ def _tiles(outer, inner, rows: tl.constexpr, lines: tl.constexpr, columns: tl.co
 @triton.jit
 def _blocks(channels, rows: tl.constexpr, columns: tl.constexpr):
     """Return how many blocks of channels there are."""
-    if rows:
-        return tl.cdiv(channels, columns)
-    else:
-        return channels
+    return tl.cdiv(channels, columns) if rows else channels
 
 
 @triton.jit
@@ -106,7 +98,9 @@ def _add_up(
     return last
 
 
-@triton.jit(do_not_specialize=["outer", "per", "splits"], do_not_specialize_on_alignment=["partial", "tickets", "payload"])
+@triton.jit(
+    do_not_specialize=["outer", "per", "splits"], do_not_specialize_on_alignment=["partial", "tickets", "payload"]
+)
 def moments(
     x, partial, tickets, payload, outer, inner, channels, per, splits,
     rows: tl.constexpr, lines: tl.constexpr, columns: tl.constexpr,
