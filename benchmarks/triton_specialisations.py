@@ -85,8 +85,8 @@ def specialisations(quick: bool) -> Iterator[Specialisation]:
             yield Specialisation("normalize", "bf16", False, 256, "fp32", buffers, moves)
 
 
-def compiled(of: Specialisation, target: GPUTarget) -> Any:
-    """Compile one kernel."""
+def compiled(of: Specialisation, target: GPUTarget, **options: Any) -> Any:
+    """Compile one kernel, with Triton's usual options but for these."""
     kernel = getattr(code, of.kernel)
     values = {"rows": of.rows, "lines": _triton.TILE // of.columns, "columns": of.columns}
     tracked = of.moves != "not tracked"
@@ -110,7 +110,7 @@ def compiled(of: Specialisation, target: GPUTarget) -> Any:
     sized = ("channels",) if of.rows else ("inner",)
     multiples = [name for name in ("x", "y", "dy", "dx", *sized) if name in names] if of.aligned else []
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
 class Needs(NamedTuple):
@@ -134,7 +134,7 @@ def needs(kernel: Any, target: GPUTarget) -> Needs:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(kernel.asm["ptx"])
-        arch = f"sm_{target.arch}{'a' if target.arch >= 90 else ''}"
+        arch = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1]
         command = [ptxas, "-v", f"--gpu-name={arch}", source, "-o", os.devnull]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers = int(re.search(r"Used (\d+) registers", text)[1])

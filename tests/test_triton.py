@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import interpreter
 import pytest
@@ -41,6 +43,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 from triton import language as tl  # noqa: E402
 
 from syncbn.kernels import _triton_code as code  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -360,3 +364,87 @@ def test_offsets_beyond_int32(launches, rows, shape):
     )
     assert result[0] == math.prod(shape) - 1
     assert result[1] == ((outer - 1) % lines + 1) * (1 if rows else (inner - 1) % columns + 1)
+
+
+# The real compiler, in processes of their own: here, Triton is the interpreter.
+WITHOUT_INTERPRETER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def compiler(*arguments, seconds=55):
+    return subprocess.run(
+        [sys.executable, *arguments], check=False, cwd=ROOT, env=WITHOUT_INTERPRETER, capture_output=True, text=True,
+        timeout=seconds,
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize(
+    "targets",
+    [
+        pytest.param(["cuda:90"], id="sm_90"),
+        pytest.param(["cuda:80", "hip:gfx942"], id="sm_80 and gfx942", marks=pytest.mark.launcher),
+    ],
+)
+def test_kernels_compile_without_spills(targets):
+    """A few of those that the library launches; the script has all."""
+    job = compiler("benchmarks/triton_specialisations.py", "--quick", "--target", *targets, seconds=90)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert job.stdout.count("9 specialisations") == job.stdout.count("0 with spills") == len(targets)
+
+
+WHAT_WAS_COMPILED = r"""
+import re
+from benchmarks.triton_specialisations import GPUTarget, Specialisation, compiled, needs
+
+target = GPUTarget("cuda", 80, 32)
+assert needs(compiled(Specialisation("backward_sums", "fp32", False, 1024), target, maxnreg=24), target).spills > 0
+
+for kernel in ("moments", "backward_sums"):
+    for rows, columns in ((False, 1024), (True, 64)):
+        ptx = compiled(Specialisation(kernel, "bf16", rows, columns), target).asm["ptx"]
+        # all floating additions across programs are made by one of them, in order: the only atomic is the ticket
+        atomics = re.findall(r"\b(?:atom|red)\.\S+", ptx)
+        assert atomics == ["atom.global.gpu.acq_rel.add.u32"], atomics
+        before, after = ptx.split("atom.global.gpu.acq_rel.add.u32")
+        assert "bar.sync" in before[before.rindex("st.global"):], "shares are stored, then a barrier, then the ticket"
+        assert "bar.sync" in after[: after.index("ld.global")], "the ticket, then a barrier, then the shares of others"
+        assert "ld.global.cg" in after and ".v4" in before, "wide loads"
+
+ptx = compiled(Specialisation("normalize", "bf16", False, 1024, "bf16", "bf16"), target).asm["ptx"]
+assert re.search(r"cvt\.rn\.bf16(x2)?\.f32", ptx) and not re.search(r"cvt\.r[zmp]\S*bf16", ptx), "rounds to nearest"
+assert not re.search(r"\batom|\bred\.", ptx)
+"""
+
+
+@pytest.mark.launcher
+def test_what_was_compiled():
+    """Spills are seen; the order of stores, barrier and ticket; how halves are rounded."""
+    job = compiler("-c", WHAT_WAS_COMPILED)
+    assert job.returncode == 0, job.stderr
+
+
+@pytest.mark.launcher
+def test_launches():
+    """At most 3 a direction, and no more than torch.nn.SyncBatchNorm's; through Triton's own launcher."""
+    job = compiler("benchmarks/launches.py", "--repeat", "10")
+    assert job.returncode == 0, job.stderr
+    rows = [line.split() for line in job.stdout.splitlines()[1:]]
+    (forward, backward), _, torchs = ((int(row[-3]), int(row[-2])) for row in rows)
+    assert 2 <= forward <= 3
+    assert 2 <= backward <= 3
+    assert forward < torchs[0]
+    assert backward <= torchs[1]
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(600)
+def test_the_suites_of_the_other_kernels():
+    """In a process whose only kernels are these."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "SYNCBN_KERNELS": "triton"}
+    suites = ["tests/test_kernels.py", "tests/test_equivalence.py", "tests/test_extreme.py", "tests/test_autograd.py"]
+    job = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", *suites],
+        check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", job.stdout)[1]) > 100
