@@ -47,6 +47,7 @@ SHAPE, EPS, MOMENTUM = (8, 64, 14, 14), 1e-5, 0.1
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
 launches: list[str] = []
+given: list[dict[str, Any]] = []  # the arguments of each launch of a Triton kernel
 
 
 class Counting(TorchDispatchMode):
@@ -70,7 +71,11 @@ class Driver(DriverBase):
         get_device_properties = staticmethod(lambda device: {"max_shared_mem": 1 << 16})
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return lambda *arguments: launches.append(source.fn.__name__)
+        def launch(*arguments: Any) -> None:
+            launches.append(source.fn.__name__)
+            given.append(dict(zip(source.fn.arg_names, arguments[-len(source.fn.arg_names) :], strict=True)))
+
+        return launch
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 80, 32)

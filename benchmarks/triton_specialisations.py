@@ -89,6 +89,7 @@ def compiled(of: Specialisation, target: GPUTarget, **options: Any) -> Any:
     """Compile one kernel, with Triton's usual options but for these."""
     kernel = getattr(code, of.kernel)
     values = {"rows": of.rows, "lines": _triton.TILE // of.columns, "columns": of.columns}
+    values["average"] = of.moves == "average"
     tracked = of.moves != "not tracked"
     types = {
         **dict.fromkeys(("x", "y", "dy", "dx"), f"*{of.x}"),
@@ -98,7 +99,7 @@ def compiled(of: Specialisation, target: GPUTarget, **options: Any) -> Any:
         **dict.fromkeys(INTEGERS, "i64" if of.wide else "i32"),
         "tickets": "*i32",
         "batches": "*i64" if tracked else None,
-        "momentum": "fp64" if of.moves == "number" else None,
+        "momentum": "fp64",
         "momentum_at": "*fp32" if of.moves == "tensor" else None,
         "eps": "fp64",
     }

@@ -436,6 +436,46 @@ def test_launches():
     assert backward <= torchs[1]
 
 
+WHAT_IS_LAUNCHED = r"""
+import itertools, torch
+from benchmarks.launches import Driver, given, triton
+from syncbn._statistics import Running
+from syncbn.kernels import _triton
+
+triton.runtime.driver.set_active(Driver())
+_triton.refuse_one_value = lambda total: None
+x, total, kept = torch.randn(8, 16, 4, 4), torch.ones(33).double(), torch.zeros(16)
+for weight, momentum, batches, mean in itertools.product(
+    (None, torch.ones(16)), (0.3, 1, torch.tensor(0.3), None), (None, torch.tensor(0)), (None, kept)
+):
+    _triton.normalize(x, total, weight, weight, 1e-5, Running(mean, mean, batches, momentum))
+    last = given[-1]
+    average = momentum is None and batches is not None
+    assert last["eps"] == 1e-5 and isinstance(last["momentum"], float), last
+    assert last["momentum"] == (float(momentum) if isinstance(momentum, float | int) else 0), last
+    assert (last["momentum_at"] is not None) == isinstance(momentum, torch.Tensor)
+    assert last["average"] == average
+    assert (last["running_mean"] is not None) == (mean is not None and (average or momentum is not None)), last
+    assert (last["weight"] is None) == (weight is None)
+_triton.normalize(x, total, None, None, 1e-5, None)
+for x in (x, x.to(memory_format=torch.channels_last), x[:, :, :3, :3].contiguous(), x.flatten(1)):
+    channels = x.shape[1]
+    of = torch.ones(2 * channels + 1).double()
+    given.clear()
+    _triton.moments(x), _triton.backward_sums(x, x, of), _triton.backward_input(x, x, of, None, of[:-1])
+    for last in given:
+        values = last["outer"] * last["inner"] * last["channels"]
+        assert values == x.numel() and last["channels"] == channels, last
+"""
+
+
+@pytest.mark.launcher
+def test_what_is_launched():
+    """Each kind of argument, through Triton's own launcher, which is particular about types."""
+    job = compiler("-c", WHAT_IS_LAUNCHED)
+    assert job.returncode == 0, job.stderr
+
+
 @pytest.mark.launcher
 @pytest.mark.timeout(600)
 def test_the_suites_of_the_other_kernels():

@@ -55,20 +55,20 @@ def normalize(
     x, work = _dense(x)
     y, statistics = torch.empty_like(x), x.new_empty(total.shape, dtype=torch.float64)
     mean, var, batches, momentum = running or Running(None, None)
-    if momentum is None and batches is None:  # no count: no average
+    average = momentum is None and batches is not None
+    if momentum is None and not average:  # no count: no average
         mean = var = None
     momentum_at = None
-    if isinstance(momentum, Tensor):
-        # A number on the CPU is free to read; one on the device stays there.
-        momentum, momentum_at = (momentum.item(), None) if _is_elsewhere(momentum, x) else (None, momentum)
+    if isinstance(momentum, Tensor):  # one on the device stays there; one on the CPU is free to read
+        momentum, momentum_at = (None, momentum) if momentum.device == x.device else (momentum.item(), None)
     moved = [t for t in (mean, var, batches) if t is not None]
     if moved:  # as every in-place operation does
         torch.autograd.graph.increment_version(moved)
     with _on_device_of(x):
         _code().normalize[(1 + work.blocks * work.splits,)](
             x, y, total.contiguous(), _packed(weight), _packed(bias), statistics, mean, var, batches, momentum_at,
-            None if momentum is None else float(momentum), eps,
-            0 if mean is None else mean.stride(0), 0 if var is None else var.stride(0), *work.sizes, **work.tile,
+            float(momentum or 0), eps, 0 if mean is None else mean.stride(0), 0 if var is None else var.stride(0),
+            *work.sizes, average=average, **work.tile,
         )  # fmt: skip
     return y, statistics
 
@@ -82,8 +82,8 @@ def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
     payload = x.new_empty(length, dtype=torch.float64)
     with _on_device_of(x):
         _code().backward_sums[(work.blocks * work.splits,)](
-            _like(dy, x), x, statistics, _partial(x, work), _tickets(x, work), payload, *work.sizes, work.splits,
-            **work.tile,
+            _like(dy, x), x, statistics.contiguous(), _partial(x, work), _tickets(x, work), payload,
+            *work.sizes, work.splits, **work.tile,
         )  # fmt: skip
     return payload
 
@@ -95,8 +95,9 @@ def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | N
     if x.numel():
         with _on_device_of(x):
             _code().backward_input[(work.blocks * work.splits,)](
-                _like(dy, x), x, dx, statistics, _packed(weight), sums.contiguous(), *work.sizes, **work.tile
-            )
+                _like(dy, x), x, dx, statistics.contiguous(), _packed(weight), sums.contiguous(), *work.sizes,
+                **work.tile,
+            )  # fmt: skip
     return dx
 
 
@@ -227,7 +228,3 @@ def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     device: Any = getattr(torch, x.device.type)
     return device.device(x.device)  # type: ignore[no-any-return]
-
-
-def _is_elsewhere(t: Tensor, x: Tensor) -> bool:
-    return t.device != x.device

@@ -194,26 +194,24 @@ def _move(buffer, stride, channel, channels, momentum, value, count):
 @triton.jit
 def _settle(
     total, statistics, running_mean, running_var, batches, momentum_at, momentum, eps,
-    mean_stride, var_stride, channels,
+    mean_stride, var_stride, channels, average: tl.constexpr,
 ):  # fmt: skip
     """Write `[mean, 1/√(σ²+ε), N]` and move the running statistics, for all channels: one program does it.
 
-    So that the number of batches is read and written by one program. `momentum` is a number; or None where
-    `momentum_at` holds it; or both are None, for 1/batches.
+    So that the number of batches is read and written by one program. The momentum is 1/batches if `average`, else what
+    `momentum_at` holds, if that is not None, else `momentum`.
     """
     count = tl.load(total + 2 * channels)
     tl.store(statistics + 2 * channels, count)
     if batches is not None:
         number = tl.load(batches) + tl.where(count >= 0, 1, 0)
         tl.store(batches, number)
-    if momentum is not None:
-        weight = tl.full([], momentum, tl.float64)
+    if average:
+        weight = 1.0 / number.to(tl.float64)
     elif momentum_at is not None:
         weight = tl.load(momentum_at).to(tl.float64)
-    elif batches is not None:
-        weight = 1.0 / number.to(tl.float64)
     else:
-        weight = tl.full([], 0.0, tl.float64)  # then there are no buffers
+        weight = tl.full([], momentum, tl.float64)
     unbias = count / tl.where(count < 2, 1.0, count - 1)
     for start in range(0, channels, 256):
         channel = start + tl.arange(0, 256)
@@ -236,7 +234,7 @@ def normalize(
     x, y, total, weight, bias, statistics, running_mean, running_var, batches, momentum_at,
     momentum: tl.float64, eps: tl.float64,
     mean_stride, var_stride, outer, inner, channels, per,
-    rows: tl.constexpr, lines: tl.constexpr, columns: tl.constexpr,
+    average: tl.constexpr, rows: tl.constexpr, lines: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     """Write y = (x - p)·scale + shift. The first program does what `_settle` says instead."""
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
@@ -245,7 +243,7 @@ def normalize(
     if program < 0:
         _settle(
             total, statistics, running_mean, running_var, batches, momentum_at, momentum, eps,
-            mean_stride, var_stride, channels,
+            mean_stride, var_stride, channels, average,
         )  # fmt: skip
     else:
         block, split = program % blocks, program // blocks
