@@ -111,6 +111,7 @@ def compiled(of: Specialisation, target: GPUTarget, **options: Any) -> Any:
     sized = ("channels",) if of.rows else ("inner",)
     multiples = [name for name in ("x", "y", "dy", "dx", *sized) if name in names] if of.aligned else []
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
+    options = {"num_warps": _triton.WARPS, **options}
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 

@@ -21,6 +21,7 @@ from .._statistics import Running, refuse_one_value
 log = logging.getLogger("syncbn")
 
 TILE = 2048  # values
+WARPS = 8  # of a program. With 4, six specialisations spill on sm_80
 _COLUMNS = (4, 16, 64, 256, 1024)  # of a tile: few widths, as each is a compilation
 _ROW_COLUMNS = _COLUMNS[:3]
 _PROGRAMS = 1024  # enough to fill a large GPU. Not its size, on which then the bits would depend
@@ -122,7 +123,10 @@ def divide(shape: torch.Size, rows: bool) -> Work:
     tiles = _ceil(outer, lines) * (1 if rows else _ceil(inner, columns))
     per = min(max(_ceil(blocks * tiles, _PROGRAMS), 1), _TILES)
     return Work(
-        blocks, _ceil(tiles, per), (outer, inner, channels, per), {"rows": rows, "lines": lines, "columns": columns}
+        blocks,
+        _ceil(tiles, per),
+        (outer, inner, channels, per),
+        {"rows": rows, "lines": lines, "columns": columns, "num_warps": WARPS},
     )
 
 
