@@ -21,7 +21,7 @@ from .._statistics import Running, refuse_one_value
 log = logging.getLogger("syncbn")
 
 TILE = 2048  # values
-WARPS = 8  # of a program. With 4, six specialisations spill on sm_80
+WARPS = 4  # of a program. With 8, more specialisations spill a few bytes than with 4
 _COLUMNS = (4, 16, 64, 256, 1024)  # of a tile: few widths, as each is a compilation
 _ROW_COLUMNS = _COLUMNS[:3]
 _PROGRAMS = 1024  # enough to fill a large GPU. Not its size, on which then the bits would depend
