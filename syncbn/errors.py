@@ -7,6 +7,7 @@ __all__ = [
     "DTypeError",
     "GroupError",
     "InputError",
+    "KernelsError",
     "LaunchError",
     "SyncBatchNormError",
 ]
@@ -42,3 +43,7 @@ class LaunchError(SyncBatchNormError, RuntimeError):
 
 class BackendError(SyncBatchNormError, ImportError):
     """An optional package (mpi4py, horovod) or one of its features is missing."""
+
+
+class KernelsError(SyncBatchNormError, RuntimeError):
+    """SYNCBN_KERNELS names kernels that are unknown, cannot be had, or do not work where the tensors are."""

@@ -20,6 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+os.environ["TRITON_INTERPRET"] = "1"  # read when the Triton kernels are imported: no GPU is at hand
+
+import interpreter
+
 from syncbn.kernels import composed_only
 
 collect_ignore = ["jobs"]  # scripts: --doctest-modules would import, and so run, them
@@ -39,15 +43,18 @@ BOTH_PATHS = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run these modules over the compiled kernels and over the composed definition."""
+    """Run these modules over the compiled kernels and over the composed definition; or over the Triton ones."""
     if metafunc.module.__name__.rpartition(".")[2] in BOTH_PATHS:
-        metafunc.parametrize("path", ["compiled", "composed"], indirect=True)
+        paths = ["triton"] if os.environ.get("SYNCBN_KERNELS") == "triton" else ["compiled", "composed"]
+        metafunc.parametrize("path", paths, indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Force the composed kernels where the parameter says so; else they are what the installation offers."""
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Force the kernels that the parameter says; else they are what the installation offers."""
     choice = getattr(request, "param", None)
+    if choice == "triton":
+        interpreter.install(monkeypatch)
     if choice == "compiled":
         pytest.importorskip("syncbn._native", reason="syncbn was installed without its compiled kernels")
     with composed_only() if choice == "composed" else contextlib.nullcontext():

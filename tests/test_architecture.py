@@ -25,7 +25,8 @@ LAYERS = [
     {"comm._groups"},
     {"comm"},
     {"kernels._protocol"},
-    {"kernels._composed", "kernels._cpu", "kernels._torch"},
+    {"kernels._triton_code"},
+    {"kernels._composed", "kernels._cpu", "kernels._torch", "kernels._triton"},
     {"kernels._select"},
     {"kernels"},
     {"_checks", "_recomputation"},
@@ -55,7 +56,12 @@ KNOWS_BATCH_NORM = {
     "_layer",
     "_convert",
 }
-OPTIONAL = {"mpi4py": "comm._mpi", "horovod": "comm._horovod"}
+OPTIONAL = {
+    "mpi4py": {"comm._mpi"},
+    "horovod": {"comm._horovod"},
+    "triton": {"kernels._triton", "kernels._triton_code"},
+}
+DEFERRED = {"kernels._triton_code": "kernels._triton"}  # imports an optional package at its top: and its only importer
 
 
 def sources():
@@ -148,14 +154,22 @@ def optional_imports(name, source, *, inside_functions=True):
 
 
 @pytest.mark.parametrize("package", OPTIONAL)
-def test_one_file_imports_an_optional_package(package):
+def test_one_place_imports_an_optional_package(package):
     importers = {name for name, source in SOURCES.items() if package in optional_imports(name, source)}
-    assert importers == {OPTIONAL[package]}
+    assert importers == OPTIONAL[package]
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in DEFERRED])
 def test_optional_packages_are_imported_inside_functions(name):
     assert not optional_imports(name, SOURCES[name], inside_functions=False)
+
+
+@pytest.mark.parametrize("deferred", DEFERRED)
+def test_what_imports_an_optional_package_at_its_top_is_imported_inside_functions(deferred):
+    assert {name for name, source in SOURCES.items() if deferred in own_imports(name, source)} == {DEFERRED[deferred]}
+    importer = DEFERRED[deferred]
+    at_the_top = imported(importer, SOURCES[importer], inside_functions=False)
+    assert f"syncbn.{deferred}" not in at_the_top
 
 
 @pytest.mark.parametrize(
@@ -228,6 +242,19 @@ def test_import_syncbn_loads_no_optional_package():
     loaded = loaded_by("import syncbn")
     assert "torch" in loaded
     assert not loaded & {"mpi4py", "horovod", "rich", "matplotlib", "sklearn", "tensorboard"}
+
+
+@pytest.mark.parametrize(("also", "loaded"), [("", "False"), ("; import syncbn.kernels._triton_code", "True")])
+def test_a_layer_on_the_cpu_loads_no_triton_kernels(also, loaded):
+    """Nor Triton therefore, though torch._dynamo loads it where it is installed. With a negative control."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    code = (
+        "import syncbn, sys, torch\n"
+        "syncbn.SyncBatchNorm(3)(torch.ones(4, 3, requires_grad=True)).sum().backward()"
+        f"{also}\nprint('syncbn.kernels._triton_code' in sys.modules)"
+    )
+    job = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
+    assert job.stdout.strip() == loaded
 
 
 def test_a_loaded_package_is_seen():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import nn
 from syncbn._plain import are_plain
 from syncbn._statistics import Running, update_running
 from syncbn.errors import InputError
-from syncbn.kernels import _composed, _select, composed_only, kernels_for
+from syncbn.kernels import _composed, _select, _triton, composed_only, kernels_for
 
 compiled = pytest.importorskip(
     "syncbn.kernels._cpu", reason="syncbn was built without its compiled kernels", exc_type=ImportError
@@ -45,11 +47,17 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["composed", *_native.instruction_sets()])
-def kernels(request):
+INTERPRETED = os.environ.get("SYNCBN_KERNELS") == "triton"  # see test_triton.py
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["composed", *_native.instruction_sets()])
+def kernels(request, monkeypatch):
     """Each set of kernels that works here."""
     if request.param == "composed":
         yield _composed
+    elif request.param == "triton":
+        interpreter.install(monkeypatch)
+        yield _triton
     else:
         _native.use_instruction_set(request.param)
         yield compiled
@@ -335,6 +343,8 @@ def test_every_half_comes_back(kernels, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_halves_are_rounded_to_nearest_even(kernels, dtype):
     """Any float32, all halfway cases and their neighbours, as biases: against torch's conversion."""
+    if kernels is _triton:
+        pytest.skip("half a million channels are too many for Triton's interpreter")
     halves = torch.arange(2**15, dtype=torch.int16).view(dtype).float()
     halfway = (halves[:-1] + halves[1:]) / 2
     overflow = torch.tensor(65520.0)  # the first float16 infinity
