@@ -125,7 +125,8 @@ def test_every_reason_for_the_slow_path_is_named() -> None:
         (RANK, "avx2", True), (COMPOSED, "composed", True), (MISSING, "composed", False), (CUDA, "CUDA", True),
         (replace(CUDA, kernels_setting="composed"), "composed", True),
         (replace(RANK, shared_memory_setting="0"), "avx2", False),
-        (replace(RANK, kernels_setting="other", shared_memory_setting="1"), "avx2", True),
+        (replace(RANK, kernels_setting="compiled", shared_memory_setting="1"), "avx2", True),
+        (replace(CUDA, kernels_setting="triton"), "triton", True),
     ],
 )  # fmt: skip
 def test_what_decides_the_path(rank: Facts, kernels: str, shared_memory: bool) -> None:

@@ -55,8 +55,8 @@ class Facts:
     @property
     def kernels(self) -> str:
         """What works on its tensors: "composed" is plain torch operations."""
-        if self.kernels_setting == "composed":
-            return "composed"
+        if self.kernels_setting not in ("", "compiled"):
+            return self.kernels_setting
         return "CUDA" if self.device_id else self.compiled or "composed"
 
     @property

@@ -95,7 +95,7 @@ def _kernels() -> Part:
         return Part("compiled kernels", "broken", str(error), "reinstall syncbn: it was built for another Python")
     used, *others = _native.instruction_sets()
     what = f"{used} (there are {', '.join(others)} too)" if others else used
-    if os.environ.get("SYNCBN_KERNELS") == "composed":
+    if os.environ.get("SYNCBN_KERNELS", "") not in ("", "compiled"):
         return Part("compiled kernels", "ok", f"{what}, turned off", "unset SYNCBN_KERNELS to use them")
     return Part("compiled kernels", "ok", what)
 
