@@ -25,11 +25,12 @@ import torch.distributed as dist
 from conformance import CHECKS, conformance
 from conftest import GlooPool
 
+from syncbn._compiled import native
 from syncbn.comm import Communicator, SharedMemory, TorchDistributed, _shared_memory, run_threads
 from syncbn.comm._hosts import hosts
 from syncbn.errors import BackendError, CollectiveError, GroupError
 
-pytestmark = pytest.mark.skipif(not _shared_memory.AVAILABLE, reason="syncbn._native is missing: pip install .")
+pytestmark = pytest.mark.skipif(not hasattr(native, "SharedMemory"), reason="syncbn._native is missing: pip install .")
 
 BUFFER = 64 << 10  # bytes that go through in one piece
 SHARED, TWO_LEVELS = "shared memory", "shared memory within hosts, gloo between"
