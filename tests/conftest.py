@@ -63,6 +63,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
     """One rank of the pool: run what comes through the pipe until it closes."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs with & ignore it
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
