@@ -59,6 +59,7 @@ AREAS = {
     "syncbn/_alike.py": "parallel",
     "syncbn/kernels/_cpu.py": "kernels layer",
     "syncbn/kernels/_torch.py": "cuda_kernels",
+    "syncbn/kernels/_triton_code.py": "triton",
     "syncbn/kernels/_composed.py": "kernels autograd precision",
     "syncbn/kernels/_select.py": "kernels layer autograd",
     "syncbn/kernels/_protocol.py": "kernels",
