@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "epilogue.h"
 #include "loops.h"
 #include "running.h"
 #include "tensors.h"
@@ -82,8 +83,10 @@ constexpr int64_t GRAIN = 1 << 15, UNCACHED = 1 << 24;
 struct Tensors {
     int threads;
     const Values &x;
-    const void *dy = x.at;  // not read where there is none
-    void *out = x.at;       // not written where there is none
+    const void *dy = nullptr;
+    void *out = nullptr;
+    const void *residual = nullptr;
+    double slope = 0;  // of leaky_relu
     Plan plan{x.N, x.C, x.S};
 
     int64_t size() const { return x.dtype == FLOAT64 ? 8 : x.dtype == FLOAT32 ? 4 : 2; }
@@ -91,9 +94,10 @@ struct Tensors {
     // The work on units [begin, end) of a view.
     Job job(const View &view, const void *coefficients, double *sums, int64_t begin, int64_t end) const {
         const int64_t offset = view.offset * size();
+        const auto part = [offset](auto *whole) { return whole ? (decltype(whole))((const char *)whole + offset) : nullptr; };
         const bool aligned = ((uintptr_t)out + offset) % LARGEST_VECTOR == 0 && view.run() * size() % LARGEST_VECTOR == 0;
-        const bool streaming = aligned && view.values() * size() >= UNCACHED;
-        return {(const char *)x.at + offset, (const char *)dy + offset, (char *)out + offset, coefficients, sums,
+        const bool streaming = out && aligned && view.values() * size() >= UNCACHED;
+        return {part(x.at), part(dy), part(residual), part(out), slope, coefficients, sums,
                 plan.stride, view.columns, view.inner, begin, end, streaming};
     }
 
@@ -180,13 +184,21 @@ void moments(int threads, nb::handle x_, nb::handle payload_) {
     payload[2 * x.C] = double(x.N * x.S);
 }
 
-// statistics: [mean, 1/√(σ²+ε), N], (2C+1,). y = scale·(x - p) + shift with p next to the mean: nothing cancels.
-// Returns N; where that is 1, nothing is written.
+// z = scale·(x - p) + shift with p next to the mean: nothing cancels.
+template <class Rounded>
+void affine(double *k, double mean, double invstd, double weight, double bias, Rounded rounded) {
+    k[PIVOT] = rounded(mean);
+    k[SCALE] = weight * invstd;
+    k[SHIFT] = (k[PIVOT] - mean) * k[SCALE] + bias;
+}
+
+// statistics: [mean, 1/√(σ²+ε), N], (2C+1,). Returns N; where that is 1, nothing is written.
 double normalize(int threads, nb::handle x_, nb::handle y_, nb::handle total_, nb::handle statistics_,
-                 nb::handle weight_, nb::handle bias_, double eps, nb::handle running_) {
+                 nb::handle epilogue_, double eps, nb::handle running_) {
     const Values x("x", x_), y("y", y_, x);
     const int64_t C = x.C;
-    const Vector total("total", total_, 2 * C + 1), weight("weight", weight_, C, 1), bias("bias", bias_, C, 0);
+    const Vector total("total", total_, 2 * C + 1);
+    const Epilogue epilogue(epilogue_, x);
     double *const statistics = result("statistics", statistics_, 2 * C + 1);
     Running running(running_, C);
     const Moments of(total.begin(), C);
@@ -196,52 +208,58 @@ double normalize(int threads, nb::handle x_, nb::handle y_, nb::handle total_, n
         double *const mean = statistics, *const invstd = mean + C;
         for (int64_t c = 0; c < C; c++) mean[c] = of.mean(c), invstd[c] = 1 / std::sqrt(of.variance(c) + eps);
         invstd[C] = of.count;
-        const Tensors t{threads, x, x.at, y.at};
-        const auto coefficients = t.coefficients(3, [&](int64_t c, double *k, auto rounded) {
-            k[PIVOT] = rounded(mean[c]);
-            k[SCALE] = weight[c] * invstd[c];
-            k[SHIFT] = (k[PIVOT] - mean[c]) * k[SCALE] + bias[c];
+        const Tensors t{threads, x, nullptr, y.at, epilogue.residual, epilogue.slope};
+        const auto coefficients = t.coefficients(SHIFT + 1, [&](int64_t c, double *k, auto rounded) {
+            affine(k, mean[c], invstd[c], epilogue.weight[c], epilogue.bias[c], rounded);
         });
-        t.elementwise(loops[x.dtype].normalize, coefficients.data());
+        t.elementwise(loops[x.dtype].normalize[epilogue.activation], coefficients.data());
         running.move(of, C);
     }
     running.finish();
     return of.count;
 }
 
-void backward_sums(int threads, nb::handle dy_, nb::handle x_, nb::handle statistics_, nb::handle payload_) {
+// Writes dz, too, unless that is None.
+void backward_sums(int threads, nb::handle dy_, nb::handle x_, nb::handle statistics_, nb::handle epilogue_,
+                   nb::handle payload_, nb::handle dz_) {
     const Values x("x", x_), dy("dy", dy_, x);
     const int64_t C = x.C;
     const Vector statistics("statistics", statistics_, 2 * C + 1);
+    const Epilogue epilogue(epilogue_, x);
+    void *const dz = dz_.is_none() ? nullptr : Values("dz", dz_, x).at;
     double *const t1 = result("payload", payload_, 2 * C), *const t2 = t1 + C;
     const nb::gil_scoped_release release;
     const double *const mean = statistics.begin(), *const invstd = mean + C;
-    const Tensors t{threads, x, dy.at};
-    const auto coefficients = t.coefficients(1, [&](int64_t c, double *k, auto) { k[PIVOT] = mean[c]; });
-    t.sum(loops[x.dtype].backward_sums, coefficients.data(), t1);
+    const Tensors t{threads, x, dy.at, dz, epilogue.residual, epilogue.slope};
+    const int kinds = epilogue.activation == IDENTITY ? 1 : SHIFT + 1;
+    const auto coefficients = t.coefficients(kinds, [&](int64_t c, double *k, auto rounded) {
+        affine(k, mean[c], invstd[c], epilogue.weight[c], epilogue.bias[c], rounded);
+    });
+    t.sum(loops[x.dtype].backward_sums[epilogue.activation], coefficients.data(), t1);
     for (int64_t c = 0; c < C; c++) t2[c] = (t2[c] + (t.rounded(mean[c]) - mean[c]) * t1[c]) * invstd[c];
 }
 
-// dx = dy_scale·(dy - q) + scale·(x - p) + shift with q next to the mean of dy: nothing cancels.
+// dx = dz_scale·(dz - q) + x_scale·(x - p) + x_shift with q next to the mean of dz: nothing cancels.
 void backward_input(int threads, nb::handle dy_, nb::handle x_, nb::handle dx_, nb::handle statistics_,
-                    nb::handle weight_, nb::handle sums_) {
+                    nb::handle epilogue_, nb::handle sums_) {
     const Values x("x", x_), dy("dy", dy_, x), dx("dx", dx_, x);
     const int64_t C = x.C;
-    const Vector statistics("statistics", statistics_, 2 * C + 1), weight("weight", weight_, C, 1),
-        sums("sums", sums_, 2 * C);
+    const Vector statistics("statistics", statistics_, 2 * C + 1), sums("sums", sums_, 2 * C);
+    const Epilogue epilogue(epilogue_, x);
+    if (epilogue.residual) refuse("residual", "expected None: dz holds it");
     const nb::gil_scoped_release release;
     const double *const mean = statistics.begin(), *const invstd = mean + C;
     const double n = invstd[C];
     const double *const t1 = sums.begin(), *const t2 = t1 + C;
-    const Tensors t{threads, x, dy.at, dx.at};
-    const auto coefficients = t.coefficients(5, [&](int64_t c, double *k, auto rounded) {
-        k[PIVOT] = rounded(mean[c]);
-        k[DY_PIVOT] = rounded(t1[c] / n);
-        k[DY_SCALE] = weight[c] * invstd[c];
-        k[SCALE] = -k[DY_SCALE] * invstd[c] * t2[c] / n;
-        k[SHIFT] = (k[PIVOT] - mean[c]) * k[SCALE] + (k[DY_PIVOT] - t1[c] / n) * k[DY_SCALE];
+    const Tensors t{threads, x, dy.at, dx.at, nullptr, epilogue.slope};
+    const auto coefficients = t.coefficients(COEFFICIENTS, [&](int64_t c, double *k, auto rounded) {
+        affine(k, mean[c], invstd[c], epilogue.weight[c], epilogue.bias[c], rounded);
+        k[DZ_PIVOT] = rounded(t1[c] / n);
+        k[DZ_SCALE] = k[SCALE];
+        k[X_SCALE] = -k[DZ_SCALE] * invstd[c] * t2[c] / n;
+        k[X_SHIFT] = (k[PIVOT] - mean[c]) * k[X_SCALE] + (k[DZ_PIVOT] - t1[c] / n) * k[DZ_SCALE];
     });
-    t.elementwise(loops[x.dtype].backward_input, coefficients.data());
+    t.elementwise(loops[x.dtype].backward_input[epilogue.activation], coefficients.data());
 }
 
 }  // namespace
@@ -250,11 +268,11 @@ void bind_kernels(nb::module_ &module) {
     use_instruction_set("");
     module.def("is_dense", [](nb::handle tensor) { return layout(Tensor(tensor)).has_value(); });
     module.def("moments", moments);
-    module.def("normalize", normalize, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
-               nb::arg().none(), nb::arg(), nb::arg().none());
-    module.def("backward_sums", backward_sums);
-    module.def("backward_input", backward_input, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-               nb::arg().none(), nb::arg());
+    module.def("normalize", normalize, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+               nb::arg().none());
+    module.def("backward_sums", backward_sums, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+               nb::arg().none());
+    module.def("backward_input", backward_input);
     module.def("instruction_sets", instruction_sets, "Those of this processor, best first; the first is in use.");
     module.def("use_instruction_set", use_instruction_set, nb::arg("name"), "Use another one, for tests.");
 }

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "activations.h"
 #include "vectors.h"
 
 namespace {
@@ -39,18 +40,27 @@ inline INLINE void for_rows(int64_t first, int64_t count, int64_t row_bytes, Run
     if constexpr (R > 1) for_rows<R / 2>(first, count, row_bytes, run);
 }
 
-// Sums lane by lane: Σx and Σx², or Σdy and Σdy·(x - p).
+// Sums lane by lane: Σx and Σx², or Σdz and Σdz·(x - p).
 template <class A>
 struct Sums {
     Double s1[PARTS<A>] = {}, s2[PARTS<A>] = {};
 };
 
-// Add the sums of R vectors, as x(r) and dy(r) read them. Lanes without a value are zero there, and add zero.
+// z = scale·(x - p) + shift + residual for the values from `at` on, of which d holds x - p.
+template <class T>
+inline INLINE VectorFor<T> argument(const Job &job, int64_t at, int64_t n, VectorFor<T> d, VectorFor<T> scale,
+                                    VectorFor<T> shift) {
+    const VectorFor<T> z = scale * d + shift;
+    return job.residual ? z + read((const T *)job.residual + at, n) : z;
+}
+
+// Add the sums of R vectors: x(r) reads them, dz(r, x - p) computes their gradients. Lanes without a value are zero in
+// x in the forward and in dz in the backward, and add zero.
 //
 // In the forward they are about a pivot of their own, the mean p of each lane: with d = x - p, Σx = Σd + R·p and
 // Σx² = Σd² + 2p·Σd + R·p². What is small is added in float, what is large in double.
-template <class A, bool Backward, int R, class X, class DY>
-inline INLINE void add(Sums<A> &sums, X x, DY dy, Vector<A> p) {
+template <class A, bool Backward, int R, class X, class DZ>
+inline INLINE void add(Sums<A> &sums, X x, DZ dz, Vector<A> p) {
     Vector<A> d[R], s1 = {}, s2 = {};
     for (int r = 0; r < R; r++) d[r] = x(r);
     if constexpr (!Backward) {
@@ -61,7 +71,7 @@ inline INLINE void add(Sums<A> &sums, X x, DY dy, Vector<A> p) {
     for (int r = 0; r < R; r++) {
         d[r] -= p;
         Vector<A> u = d[r];
-        if constexpr (Backward) u = dy(r);
+        if constexpr (Backward) u = dz(r, d[r]);
         s1 += u;
         s2 += u * d[r];
     }
@@ -72,22 +82,27 @@ inline INLINE void add(Sums<A> &sums, X x, DY dy, Vector<A> p) {
     }
 }
 
-// The same for consecutive values, the end of a run that fills a vector.
-template <class T, bool Backward, int R>
-inline INLINE void add_run(Sums<Compute<T>> &sums, const T *x, const T *dy, int64_t size, VectorFor<T> p) {
+// The same for the consecutive values [from, size) of a run of `size` values, which fills a vector.
+template <class T, bool Backward, int R, class DZ>
+inline INLINE void add_run(Sums<Compute<T>> &sums, const T *x, int64_t from, int64_t size, VectorFor<T> p, DZ dz) {
     using A = Compute<T>;
+    using V = VectorFor<T>;
     constexpr int W = WIDTH<T>;
-    int64_t i = 0;
+    int64_t i = from;
     for (; i + R * W <= size; i += R * W)
         add<A, Backward, R>(
             sums, [&](int r) INLINE { return read(x + i + r * W, W); },
-            [&](int r) INLINE { return read(dy + i + r * W, W); }, p);
+            [&](int r, V d) INLINE { return dz(i + r * W, W, d); }, p);
     if constexpr (R > 1)
-        add_run<T, Backward, R / 2>(sums, x + i, dy + i, size - i, p);
+        add_run<T, Backward, R / 2>(sums, x, i, size, p, dz);
     else if (i < size)
         add<A, Backward, 1>(
-            sums, [&](int) INLINE { return last_lanes(read(x + size - W, W), size - i); },
-            [&](int) INLINE { return last_lanes(read(dy + size - W, W), size - i); }, p);
+            sums,
+            [&](int) INLINE {
+                const V last = read(x + size - W, W);
+                return Backward ? last : last_lanes(last, size - i);
+            },
+            [&](int, V d) INLINE { return last_lanes(dz(size - W, W, d), size - i); }, p);
 }
 
 // The sum of the lanes, in halves.
@@ -112,18 +127,20 @@ inline INLINE double total(const Double *parts) {
 
 // Add to s1 and s2 the sums of a plane of `size` values, at most R vectors: they stay in registers, the pivot of the
 // forward is their mean, and lanes are added but once.
-template <class T, bool Backward, int R>
-inline INLINE void add_plane(const T *x, const T *dy, int64_t size, Compute<T> p, double &s1, double &s2) {
+template <class T, bool Backward, int R, class DZ>
+inline INLINE void add_plane(const T *x, int64_t size, Compute<T> p, double &s1, double &s2, DZ dz) {
     using A = Compute<T>;
     using V = Vector<A>;
     constexpr int W = WIDTH<T>;
     const int64_t last = size - (R - 1) * W;  // values in the last vector
     V d[R], t1 = {}, t2 = {};
-    const auto vector = [&](const T *of, int r) INLINE {
-        if (r + 1 < R) return read(of + r * W, W);
-        return R > 1 ? last_lanes(read(of + size - W, W), last) : read(of, last);
-    };
-    for (int r = 0; r < R; r++) d[r] = vector(x, r);
+    const auto lanes = [&](int r, V v) INLINE { return r + 1 < R || R == 1 ? v : last_lanes(v, last); };
+    const auto place = [&](int r) INLINE { return r + 1 < R || R == 1 ? r * W : size - W; };
+    const int64_t n = R == 1 ? last : W;
+    for (int r = 0; r < R; r++) {
+        d[r] = read(x + place(r), n);
+        if constexpr (!Backward) d[r] = lanes(r, d[r]);
+    }
     if constexpr (!Backward) {
         for (int r = 0; r < R; r++) t1 += d[r];
         p = total<A, BYTES>(t1) / size;
@@ -133,7 +150,7 @@ inline INLINE void add_plane(const T *x, const T *dy, int64_t size, Compute<T> p
         d[r] -= p;
         V u;
         if constexpr (Backward) {
-            u = vector(dy, r);
+            u = lanes(r, dz(place(r), n, d[r]));
         } else {
             if (r + 1 == R && last < W) d[r] = R > 1 ? last_lanes(d[r], last) : first_lanes(d[r], last);
             u = d[r];
@@ -173,62 +190,97 @@ inline INLINE void for_blocks(const Job &job, Plane plane) {
     }
 }
 
-template <class T, bool Backward>
+// F is the activation, or NoGradient in the forward.
+struct NoGradient {};
+
+template <class T, class F>
 void sums(const Job &job) {
     using A = Compute<T>;
     using V = Vector<A>;
-    constexpr int W = WIDTH<T>, P = PARTS<A>;
-    const T *x = (const T *)job.x, *dy = (const T *)job.dy;
-    const A *pivot = (const A *)job.coefficients;
+    constexpr bool Backward = !std::is_same_v<F, NoGradient>, Activated = Backward && !std::is_same_v<F, Identity>;
+    constexpr int W = WIDTH<T>, P = PARTS<A>, KINDS = Activated ? 3 : Backward ? 1 : 0;
+    const T *const x = (const T *)job.x;
+    const A *const coefficients = (const A *)job.coefficients;
     double *const s1 = job.sums, *const s2 = job.sums + job.stride;
-    const auto planes_of = [&](auto R) {
+    // dz of n values from `at` on, of which d holds x - pivot.
+    const auto gradient = [&](int64_t at, int64_t n, V d, const V *k) INLINE {
+        V dz = {};
+        if constexpr (Backward) dz = read((const T *)job.dy + at, n);
+        if constexpr (Activated) {
+            dz = F::gradient(dz, argument<T>(job, at, n, d, k[SCALE], k[SHIFT]), A(job.slope));
+            if (job.out) write((T *)job.out + at, dz, n, job.streaming);
+        }
+        return dz;
+    };
+    const auto planes = [&](auto add_up) INLINE {  // add_up(at, size, k, dz(i, n, d), channel) for each block of a plane
         for_blocks(job, [&](int64_t c, int64_t at, int64_t size) INLINE {
-            add_plane<T, Backward, R>(x + at, dy + at, size, Backward ? pivot[c] : A(0), s1[c], s2[c]);
+            V k[3] = {};
+            for (int kind = 0; kind < KINDS; kind++) k[kind] += coefficients[kind * job.stride + c];
+            add_up(at, size, k[PIVOT], [&](int64_t i, int64_t n, V d) INLINE { return gradient(at + i, n, d, k); }, c);
         });
     };
-    if (job.inner > 1 && with_vectors<W>(job.inner, planes_of)) return;
+    const auto small_planes = [&](auto R) {
+        planes([&](int64_t at, int64_t size, V p, auto dz, int64_t c) INLINE {
+            add_plane<T, Backward, R>(x + at, size, p[0], s1[c], s2[c], dz);
+        });
+    };
+    if (job.inner > 1 && with_vectors<W>(job.inner, small_planes)) return;
     if (job.inner > 1)
-        for_blocks(job, [&](int64_t c, int64_t at, int64_t size) {
+        planes([&](int64_t at, int64_t size, V p, auto dz, int64_t c) INLINE {
             Sums<A> sums;
-            add_run<T, Backward, 16>(sums, x + at, dy + at, size, Backward ? V{} + pivot[c] : V{});
+            add_run<T, Backward, 16>(sums, x + at, 0, size, p, dz);
             s1[c] += total<P>(sums.s1);
             s2[c] += total<P>(sums.s2);
         });
     else
         for_rows<8>(job.begin, job.end - job.begin, job.channels * sizeof(T), [&](auto R, int64_t row, int64_t stride) {
             const int64_t C = job.channels;
-            const T *const from = x + row * C, *const dy_from = dy + row * C;
-            const auto columns = [&](int64_t c, auto vector) INLINE {  // those of a vector, from c on
+            // `size` columns from c on, a vector of them, of which the last `count` were not added before.
+            const auto columns = [&](int64_t c, int64_t size, int64_t count) INLINE {
+                const auto counted = [&](V v) INLINE { return count < size ? last_lanes(v, count) : v; };
+                const auto place = [&](int r) INLINE { return (row + r * stride) * C + c; };
+                V k[3] = {};
+                for (int kind = 0; kind < KINDS; kind++) k[kind] = load<V>(coefficients + kind * job.stride + c);
                 Sums<A> sums;  // vector by vector: gcc copies arrays in pieces that the processor cannot forward
                 for (int k = 0; k < P; k++) sums.s1[k] = load<Double>(s1 + c + k * LANES<double>);
                 for (int k = 0; k < P; k++) sums.s2[k] = load<Double>(s2 + c + k * LANES<double>);
                 add<A, Backward, R>(
-                    sums, [&](int r) INLINE { return vector(from + r * stride * C); },
-                    [&](int r) INLINE { return vector(dy_from + r * stride * C); },
-                    Backward ? load<V>(pivot + c) : V{});
+                    sums,
+                    [&](int r) INLINE {
+                        const V values = read(x + place(r), size);
+                        return Backward ? values : counted(values);
+                    },
+                    [&](int r, V d) INLINE { return counted(gradient(place(r), size, d, k)); }, k[PIVOT]);
                 for (int k = 0; k < P; k++) std::memcpy(s1 + c + k * LANES<double>, &sums.s1[k], BYTES);
                 for (int k = 0; k < P; k++) std::memcpy(s2 + c + k * LANES<double>, &sums.s2[k], BYTES);
             };
             int64_t c = 0;
-            for (; c + W <= C; c += W) columns(c, [&](const T *row) INLINE { return read(row + c, W); });
-            if (c < C) columns(C < W ? 0 : C - W, [&](const T *row) INLINE { return read_last(row, C, C - c); });
+            for (; c + W <= C; c += W) columns(c, W, W);
+            if (c < C) C < W ? columns(0, C, C) : columns(C - W, W, C - c);
         });
+    if (job.streaming) end_of_streams();
 }
 
-// The elementwise work on R vectors of n values that lie `stride` apart; coefficient(kind) yields a vector.
-template <class T, bool Backward, int R, class Coefficients>
-inline INLINE void map(const Job &job, int64_t at, int64_t stride, int64_t n, Coefficients coefficient) {
+// The elementwise work on R vectors of n values that lie `stride` apart, with the coefficients k.
+template <class T, class F, bool Backward, int R>
+inline INLINE void map(const Job &job, int64_t at, int64_t stride, int64_t n, const VectorFor<T> *k) {
     for (int r = 0; r < R; r++, at += stride) {
-        auto y = coefficient(SCALE) * (read((const T *)job.x + at, n) - coefficient(PIVOT)) + coefficient(SHIFT);
-        if constexpr (Backward)
-            y += coefficient(DY_SCALE) * (read((const T *)job.dy + at, n) - coefficient(DY_PIVOT));
-        write((T *)job.out + at, y, n, job.streaming);
+        const VectorFor<T> d = read((const T *)job.x + at, n) - k[PIVOT];
+        VectorFor<T> result;
+        if constexpr (Backward) {
+            auto dz = read((const T *)job.dy + at, n);
+            dz = F::gradient(dz, k[SCALE] * d + k[SHIFT], Compute<T>(job.slope));
+            result = k[DZ_SCALE] * (dz - k[DZ_PIVOT]) + k[X_SCALE] * d + k[X_SHIFT];
+        } else {
+            result = F::value(argument<T>(job, at, n, d, k[SCALE], k[SHIFT]), Compute<T>(job.slope));
+        }
+        write((T *)job.out + at, result, n, job.streaming);
     }
 }
 
-template <class T, bool Backward>
+template <class T, class F, bool Backward>
 void elementwise(const Job &job) {
-    constexpr int W = WIDTH<T>, KINDS = Backward ? 5 : 3;
+    constexpr int W = WIDTH<T>, KINDS = Backward ? COEFFICIENTS : SHIFT + 1;
     using V = VectorFor<T>;
     const int64_t C = job.channels;
     const auto *coefficients = (const Compute<T> *)job.coefficients;
@@ -237,23 +289,26 @@ void elementwise(const Job &job) {
         for_blocks(job, [&](int64_t c, int64_t first, int64_t size) {
             V k[KINDS];
             for (int kind = 0; kind < KINDS; kind++) k[kind] = V{} + *at(kind, c);
-            for_vectors<W>(size, [&](int64_t i, int64_t n) INLINE {
-                map<T, Backward, 1>(job, first + i, 0, n, [&](int kind) INLINE { return k[kind]; });
-            });
+            for_vectors<W>(size, [&](int64_t i, int64_t n) INLINE { map<T, F, Backward, 1>(job, first + i, 0, n, k); });
         });
     else
         for_rows<4>(job.begin, job.end - job.begin, C * sizeof(T), [&](auto R, int64_t row, int64_t stride) {
             for_vectors<W>(C, [&](int64_t c, int64_t n) INLINE {
                 V k[KINDS];
                 for (int kind = 0; kind < KINDS; kind++) k[kind] = load<V>(at(kind, c));
-                map<T, Backward, R>(job, row * C + c, stride * C, n, [&](int kind) INLINE { return k[kind]; });
+                map<T, F, Backward, R>(job, row * C + c, stride * C, n, k);
             });
         });
     if (job.streaming) end_of_streams();
 }
 
+// In the order of Activation.
+template <class T, class... F>
+constexpr Loops loops_of = {
+    sums<T, NoGradient>, {elementwise<T, F, false>...}, {sums<T, F>...}, {elementwise<T, F, true>...}};
+
 template <class T>
-constexpr Loops LOOPS = {sums<T, false>, elementwise<T, false>, sums<T, true>, elementwise<T, true>};
+constexpr Loops LOOPS = loops_of<T, Identity, Relu, LeakyRelu, Silu, Hardswish>;
 
 }  // namespace
 

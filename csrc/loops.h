@@ -5,14 +5,20 @@
 
 // Tensors are dense: planes (N, C, S) of S values of one channel, or rows (M, C).
 //
-// Coefficients per channel are in the compute type of the tensors: double for float64, else float.
-//   sums         Σu and Σu·(x - pivot), u = dy, in the backward; in the forward Σx and Σx², without coefficients
-//   elementwise  scale·(x - pivot) + shift, plus dy_scale·(dy - dy_pivot) in the backward
-enum Coefficient { PIVOT, SCALE, SHIFT, DY_PIVOT, DY_SCALE, COEFFICIENTS };
+// Coefficients per channel are in the compute type of the tensors: double for float64, else float. With an activation f
+// and its argument z = scale·(x - pivot) + shift + residual:
+//   moments         Σx and Σx², without coefficients
+//   normalize       out = f(z)
+//   backward_sums   Σdz and Σdz·(x - pivot) for dz = dy·f'(z), which out is, too, if there is one
+//   backward_input  out = dz_scale·(dz - dz_pivot) + x_scale·(x - pivot) + x_shift; no residual
+enum Coefficient { PIVOT, SCALE, SHIFT, DZ_PIVOT, DZ_SCALE, X_SCALE, X_SHIFT, COEFFICIENTS };
+
+enum Activation { IDENTITY, RELU, LEAKY_RELU, SILU, HARDSWISH, ACTIVATIONS };
 
 struct Job {
-    const void *x, *dy;
+    const void *x, *dy, *residual;
     void *out;
+    double slope;              // of leaky_relu
     const void *coefficients;  // (kinds, stride)
     double *sums;              // (2, stride), added to
     int64_t stride;            // at least C, whole vectors
@@ -29,7 +35,7 @@ constexpr int64_t blocks_per_plane(int64_t inner) { return (inner + BLOCK - 1) /
 
 using Loop = void (*)(const Job &);
 struct Loops {
-    Loop moments, normalize, backward_sums, backward_input;
+    Loop moments, normalize[ACTIVATIONS], backward_sums[ACTIVATIONS], backward_input[ACTIVATIONS];
 };
 
 enum DType { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, DTYPES };

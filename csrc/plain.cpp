@@ -34,11 +34,17 @@ bool are_plain(nb::tuple tensors) {
     return true;
 }
 
-// input (N, C, *) with C > 0, and (C,) or None: all plain, on the CPU and floating.
-bool fit(nb::handle input, nb::args per_channel) {
+// input (N, C, *) with C > 0, a residual like it or None, and (C,) or None: all plain, on the CPU and floating.
+bool fit(nb::handle input, nb::handle residual, nb::args per_channel) {
     if (!is_plain(input)) return false;
     const Tensor x(input);
     if (!x.on_cpu || x.dtype >= INT64 || x.dims < 2 || x.sizes[1] < 1) return false;
+    if (!residual.is_none()) {
+        if (!is_plain(residual)) return false;
+        const Tensor of(residual);
+        if (!of.on_cpu || of.dtype != x.dtype || of.dims != x.dims || !std::equal(x.sizes, x.sizes + x.dims, of.sizes))
+            return false;
+    }
     for (nb::handle tensor : per_channel) {
         if (tensor.is_none()) continue;
         if (!is_plain(tensor)) return false;
@@ -52,5 +58,5 @@ bool fit(nb::handle input, nb::args per_channel) {
 
 void bind_plain(nb::module_ &module) {
     module.def("are_plain", are_plain);
-    module.def("fit", fit);
+    module.def("fit", fit, nb::arg(), nb::arg().none(), nb::arg());
 }

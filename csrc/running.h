@@ -93,10 +93,7 @@ class Running {
 
   private:
     static nb::handle field(nb::handle fields, Py_ssize_t k) {
-        if (fields.is_none()) return nb::handle(Py_None);
-        if (!PyTuple_Check(fields.ptr()) || PyTuple_GET_SIZE(fields.ptr()) != 4)
-            refuse("running", "expected (mean, var, batches, momentum)");
-        return PyTuple_GET_ITEM(fields.ptr(), k);
+        return fields.is_none() ? fields : ::field("running", fields, 4, k);
     }
 
     Buffer mean_, var_;

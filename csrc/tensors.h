@@ -288,3 +288,10 @@ inline double *result(const char *name, nb::handle tensor, int64_t length) {
     if (!given.is_contiguous()) refuse(name, "expected a contiguous tensor");
     return (double *)of.at;
 }
+
+// One of the fields of a NamedTuple.
+inline nb::handle field(const char *name, nb::handle fields, Py_ssize_t length, Py_ssize_t k) {
+    if (!PyTuple_Check(fields.ptr()) || PyTuple_GET_SIZE(fields.ptr()) != length)
+        refuse(name, "expected a tuple of " + std::to_string(length));
+    return PyTuple_GET_ITEM(fields.ptr(), k);
+}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._epilogue import Activation, Epilogue
 from ._recomputation import is_repeatable, once
 from ._statistics import Running, one_value, statistics, update_running
 from .comm import Communicator
@@ -16,27 +17,24 @@ from .kernels import _composed as composed
 from .kernels import kernels_for
 
 
-def sync_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float, comm: Communicator
-) -> Tensor:
+def sync_batch_norm(x: Tensor, epilogue: Epilogue, running: Running, eps: float, comm: Communicator) -> Tensor:
     """Normalise `x` (N, C, *) with the moments of all replicas, and move the `running` statistics.
 
-    For backward it keeps `x`, `weight` and 2C+1 numbers (mean, 1/√(σ²+ε), N); never the running statistics, so that
-    those may move meanwhile.
+    For backward it keeps `x`, `weight` and 2C+1 numbers (mean, 1/√(σ²+ε), N), with an activation `bias` and the residual
+    too; never the running statistics, so that those may move meanwhile.
 
     Collectives: one float64 all-reduce of 2C+1 numbers, `[Σx, Σx², n]`; in a backward that needs dx one of 2C,
-    `[Σdy, Σdy·x̂]`; in the derivative of that, two more of 2C.
+    `[Σdz, Σdz·x̂]`; in the derivative of that, two more of 2C.
     """
     if torch._C._are_functorch_transforms_active():
-        y: Tensor = _Transformed.apply(x, weight, bias, running, eps, comm)[0]  # type: ignore[no-untyped-call]
+        y: Tensor = _Transformed.apply(x, *epilogue, running, eps, comm)[0]  # type: ignore[no-untyped-call]
         return y
-    return _SyncBatchNorm.apply(x, weight, bias, running, eps, comm, is_repeatable())  # type: ignore[no-any-return, no-untyped-call]
+    return _SyncBatchNorm.apply(x, *epilogue, running, eps, comm, is_repeatable())  # type: ignore[no-any-return, no-untyped-call]
 
 
 def forward(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    epilogue: Epilogue,
     running: Running,
     eps: float,
     comm: Communicator,
@@ -48,8 +46,7 @@ def forward(
 
     Args:
         x: input (N, C, *).
-        weight: (C,) or None.
-        bias: (C,) or None.
+        epilogue: what follows the normalisation.
         running: the running statistics.
         eps: added to the variance.
         comm: the replicas.
@@ -58,40 +55,43 @@ def forward(
     """
     if comm.size == 1 and x.numel() == x.shape[1]:  # known without asking the device
         raise one_value()
-    kernels = kernels_for(x, weight, bias, *running[:3])
+    kernels = kernels_for(x, *epilogue.tensors, *running[:3])
     total = comm.all_reduce(kernels.moments(x))
     counted = once(total, running, repeatable=repeatable)
-    y, known = kernels.normalize(x, total, weight, bias, eps, running if move and counted is total else None)
+    y, known = kernels.normalize(x, total, epilogue, eps, running if move and counted is total else None)
     if move and counted is not total:
         update_running(running, counted)
     return y, known, counted
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, known: Tensor, comm: Communicator, needs_x: bool, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor]:
-    """Return dx, or None unless `needs_x`, and `[Σdy, Σdy·x̂]` of this replica alone, in `dtype`.
+    dy: Tensor, x: Tensor, epilogue: Epilogue, known: Tensor, comm: Communicator, needs_x: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Return dx, or None unless `needs_x`, `[Σdz, Σdz·x̂]` of this replica alone, in `dtype`, and dz or None.
+
+    dz is the gradient of weight·x̂ + bias + residual; None stands for dy, or says that nobody asked (no residual).
 
     Args:
         dy: gradient of the output, like `x`.
         x: input of the forward.
-        weight: of the forward.
+        epilogue: of the forward.
         known: `[mean, 1/√(σ²+ε), N]` from the forward.
         comm: the replicas.
         needs_x: compute dx, which takes an all-reduce.
         dtype: of the sums, the gradients of bias and weight.
     """
-    kernels = kernels_for(dy, x, weight)
-    sums = kernels.backward_sums(dy, x, known)
+    kernels = kernels_for(dy, x, *epilogue.tensors)
+    sums, dz = kernels.backward_sums(dy, x, known, epilogue)
     if not needs_x:
-        return None, sums.to(dtype)
+        return None, sums.to(dtype), dz
     share = sums.clone() if dtype == sums.dtype else sums.to(dtype)  # the sum over the replicas may replace `sums`
-    return kernels.backward_input(dy, x, known, weight, comm.all_reduce(sums)), share
+    dx = kernels.backward_input(dy if dz is None else dz, x, known, _rest(epilogue, dz), comm.all_reduce(sums))
+    return dx, share, dz
 
 
 def differentiable_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, known: Tensor, comm: Communicator, needs_x: bool, eps: float
-) -> tuple[Tensor | None, Tensor]:
+    dy: Tensor, x: Tensor, epilogue: Epilogue, known: Tensor, comm: Communicator, needs_x: bool, eps: float
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Do what `backward` does in operations that autograd differentiates, to any order.
 
     The statistics become functions of `x` again. Their values are known: the forward's all-reduce is not repeated.
@@ -101,11 +101,17 @@ def differentiable_backward(
     total = torch.cat([mean * count, (variance + mean.square()) * count])
     sums = _AllReduce.apply(composed.moments(x)[:-1], comm, total)  # type: ignore[no-untyped-call]
     known = statistics(torch.cat([sums, count]), eps)
-    share = composed.backward_sums(dy, x, known)
+    share, dz = composed.backward_sums(dy, x, known, epilogue)
     if not needs_x:
-        return None, share
+        return None, share, dz
     sums = _AllReduce.apply(share, comm, None)  # type: ignore[no-untyped-call]
-    return composed.backward_input(dy, x, known, weight, sums), share
+    dx = composed.backward_input(dy if dz is None else dz, x, known, _rest(epilogue, dz), sums)
+    return dx, share, dz
+
+
+def _rest(epilogue: Epilogue, dz: Tensor | None) -> Epilogue:
+    """Return what `backward_input` needs of the epilogue, whose activation is done where dz is there."""
+    return epilogue._replace(residual=None, activation=epilogue.activation if dz is None else None)
 
 
 class _AllReduce(torch.autograd.Function):
@@ -134,18 +140,21 @@ class _SyncBatchNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
+        activation: Activation | None,
         running: Running,
         eps: float,
         comm: Communicator,
         repeatable: bool,
     ) -> Tensor:
-        y, known, _ = forward(x, weight, bias, running, eps, comm, repeatable)
-        keep(ctx, x, weight, bias, known, eps, comm)
+        epilogue = Epilogue(weight, bias, residual, activation)
+        y, known, _ = forward(x, epilogue, running, eps, comm, repeatable)
+        keep(ctx, x, epilogue, known, eps, comm)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*gradients(ctx, dy), None, None, None, None)
+        return (*gradients(ctx, dy), None, None, None, None, None)
 
 
 class _Transformed(torch.autograd.Function):
@@ -153,47 +162,66 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float, comm: Communicator
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: Activation | None,
+        running: Running,
+        eps: float,
+        comm: Communicator,
     ) -> tuple[Tensor, Tensor]:
-        return forward(x, weight, bias, running, eps, comm, is_repeatable())[:2]
+        return forward(x, Epilogue(weight, bias, residual, activation), running, eps, comm, is_repeatable())[:2]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, _, eps, comm = inputs
+        x, *epilogue, _, eps, comm = inputs
         ctx.mark_non_differentiable(output[1])
-        keep(ctx, x, weight, bias, output[1], eps, comm)
+        keep(ctx, x, Epilogue(*epilogue), output[1], eps, comm)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return (*gradients(ctx, dy), None, None, None)
+        return (*gradients(ctx, dy), None, None, None, None)
 
 
-def keep(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, known: Tensor, eps: float, comm: Any) -> None:
-    """Keep for backward what `gradients` needs: `x`, `weight` and `[mean, 1/√(σ²+ε), N]`."""
-    ctx.save_for_backward(x, weight, known)
+def keep(ctx: Any, x: Tensor, epilogue: Epilogue, known: Tensor, eps: float, comm: Any) -> None:
+    """Keep for backward what `gradients` needs: `x`, `weight` and `[mean, 1/√(σ²+ε), N]`.
+
+    With an activation also what else z is made of. y would do for relu in the residual's place, but is no smaller.
+    """
+    weight, bias, residual, activation = epilogue
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.eps, ctx.comm = eps, comm
+    if activation is None:
+        bias = residual = None
+    ctx.save_for_backward(x, known, weight, bias, residual)
+    ctx.activation, ctx.eps, ctx.comm = activation, eps, comm
     ctx.set_materialize_grads(False)
 
 
 def gradients(
-    ctx: Any, dy: Tensor | None, run: Callable[..., tuple[Tensor | None, Tensor]] = backward
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, weight and bias from what `keep` kept; `run` does what `backward` does."""
-    x, weight, known = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    ctx: Any, dy: Tensor | None, run: Callable[..., tuple[Tensor | None, Tensor, Tensor | None]] = backward
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, weight, bias and residual from what `keep` kept; `run` does what `backward` does."""
+    x, known, weight, bias, residual = ctx.saved_tensors
+    epilogue = Epilogue(weight, bias, residual, ctx.activation)
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     if dy is None:
         dy = torch.zeros_like(x)  # the peers' collective waits for this rank all the same
     if torch._C._functorch.is_legacy_batchedtensor(dy) or torch._C._functorch.is_batchedtensor(dy):
         raise InputError("SyncBatchNorm's backward takes one gradient at a time: is_grads_batched=True cannot be used")
     if torch.is_grad_enabled():
-        dx, share = differentiable_backward(dy, x, weight, known, ctx.comm, needs_x, ctx.eps)
+        dx, share, dz = differentiable_backward(dy, x, epilogue, known, ctx.comm, needs_x, ctx.eps)
     else:
         dtypes = {None if weight is None else weight.dtype, ctx.bias_dtype} - {None}
         dtype = dtypes.pop() if len(dtypes) == 1 else known.dtype
-        dx, share = run(dy, x, weight, known, ctx.comm, needs_x, dtype)
+        dx, share, dz = run(dy, x, epilogue, known, ctx.comm, needs_x, dtype)
     dbias, dweight = share.chunk(2)  # this replica's share, on purpose: the trainer reduces parameters' gradients
-    return dx, _to(dweight, weight.dtype) if needs_weight else None, _to(dbias, ctx.bias_dtype) if needs_bias else None
+    return (
+        dx,
+        _to(dweight, weight.dtype) if needs_weight else None,
+        _to(dbias, ctx.bias_dtype) if needs_bias else None,
+        (dy if dz is None else dz) if needs_residual else None,
+    )
 
 
 def _to(gradient: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,26 +8,30 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ._compiled import native
+from ._epilogue import Epilogue
 from .errors import DTypeError, InputError
+
+
+_NO_EPILOGUE = Epilogue()
 
 
 def check(
     input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    epilogue: Epilogue = _NO_EPILOGUE,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
 ) -> None:
-    """Refuse an input that is not (N, C, *) of a floating dtype, and tensors per channel that do not fit it.
+    """Refuse an input that is not (N, C, *) of a floating dtype, and tensors that do not fit it.
 
     Raises:
-        InputError: a shape.
+        InputError: a shape or a device.
         DTypeError: a dtype, or a kind of tensor that holds its values elsewhere (DTensor).
     """
     if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, which would bake the shapes in
         return
-    per_channel = (weight, bias, running_mean, running_var)
-    if native is not None and not torch.compiler.is_compiling() and native.fit(input, *per_channel):
+    per_channel = (epilogue.weight, epilogue.bias, running_mean, running_var)
+    residual = epilogue.residual
+    if native is not None and not torch.compiler.is_compiling() and native.fit(input, residual, *per_channel):
         return  # the usual case, in less time
     shape = input.shape
     if len(shape) < 2:
@@ -46,6 +50,20 @@ def check(
                 f"got {tuple(tensor.shape)}: the input's axis 1 must be the layer's channels"
             )
         _check_kind(name, tensor)
+        _check_device(name, tensor, input)
+    if residual is not None:
+        if residual.shape != shape:
+            raise InputError(
+                f"expected residual of the input's shape {tuple(shape)}, got {tuple(residual.shape)}: expand it, or add "
+                "it to the norm's output"
+            )
+        _check_kind("residual", residual)
+        if residual.dtype != input.dtype:
+            raise DTypeError(
+                f"expected residual of the input's dtype {input.dtype}, got {residual.dtype}: pass "
+                "residual.to(input.dtype)"
+            )
+        _check_device("residual", residual, input)
 
 
 _PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
@@ -60,6 +78,11 @@ def _check_kind(name: str, tensor: Tensor) -> None:
             f"expected an ordinary tensor as {name}, got a {type(tensor).__name__}, whose values are elsewhere: "
             "pass this replica's own part, e.g. DTensor.to_local()"
         )
+
+
+def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise InputError(f"expected {name} on {input.device}, where the input is, got {tensor.device}: move one of them")
 
 
 def is_traced(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._epilogue import Activation, ActivationLike, Epilogue, activation_of
 from ._statistics import Running
 from .comm._groups import Group, ProcessGroup, communicator
 from .errors import ConversionError, InputError
@@ -21,6 +22,7 @@ class Synchronised(_BatchNorm):
     """What every layer of ours does, made or converted: a forward over all replicas, on the state of nn.BatchNorm."""
 
     _group: Group
+    _activation: Activation | None = None
 
     @property
     def process_group(self) -> ProcessGroup:
@@ -31,26 +33,35 @@ class Synchronised(_BatchNorm):
     def process_group(self, value: ProcessGroup) -> None:
         self._group = Group(value)
 
+    @property
+    def activation(self) -> Activation | None:
+        """What is applied to the output, in the same pass; settable by name or by the torch.nn module that is it."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, value: ActivationLike) -> None:
+        self._activation = activation_of(value)
+
     def _check_input_dim(self, input: Tensor) -> None:
         """Any (N, C, *): `train` checks it. A converted layer has the check of its original class here."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise `input` (N, C, *)."""
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise `input` (N, C, *), add `residual`, of its shape and dtype, and apply the activation."""
         if isinstance(input, Proxy):  # torch.fx: the layer is a leaf, as those of torch.nn are
             path = input.tracer.path_of_module(self)
-            return input.tracer.create_proxy("call_module", path, (input,), {})
+            return input.tracer.create_proxy("call_module", path, (input,) if residual is None else (input, residual), {})
         self._check_input_dim(input)
-        weight, bias = self.weight, self.bias
+        epilogue = Epilogue(self.weight, self.bias, residual, self._activation)
         tracked = not self.training or self.track_running_stats  # the condition of nn.BatchNorm
         mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
-        if weight is None and mean is None:
+        if epilogue.weight is None and mean is None:
             self._check_channels(input)
         if not self.training:
-            return evaluate(input, weight, bias, mean, var, self.eps)
+            return evaluate(input, epilogue, mean, var, self.eps)
         if _is_exported():
-            return self._as_in_nn(input)
+            return epilogue.finish(self._as_in_nn(input))
         running = Running(mean, var, self.num_batches_tracked if tracked else None, self.momentum)
-        return train(input, weight, bias, running, self.eps, self._group.key)
+        return train(input, epilogue, running, self.eps, self._group.key)
 
     def _check_channels(self, input: Tensor) -> None:
         """Without parameters and buffers nothing else tells how many channels there should be."""
@@ -76,9 +87,10 @@ class Synchronised(_BatchNorm):
         )
 
     def extra_repr(self) -> str:
-        """Name the group where it is not the world."""
+        """Name the activation where there is one, and the group where it is not the world."""
+        activation = "" if self._activation is None else f", activation={self._activation}"
         group = "" if self.process_group is None else f", process_group={self.process_group!r}"
-        return f"{super().extra_repr()}{group}"  # type: ignore[no-untyped-call]
+        return f"{super().extra_repr()}{activation}{group}"  # type: ignore[no-untyped-call]
 
 
 def _is_exported() -> bool:
@@ -115,9 +127,11 @@ class SyncBatchNorm(Synchronised, nn.BatchNorm2d, metaclass=ABCMeta):
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         bias: learn `bias` too, if affine.
+        activation: applied to the output in the same pass over memory, see `sync_batch_norm`. A forward hook sees what
+            comes out of it, not what the norm alone would give.
 
     Raises:
-        InputError: fewer than 1 channel (a ValueError).
+        InputError: fewer than 1 channel, or an activation that cannot be fused (a ValueError).
         GroupError: `process_group` is not a group.
 
     Example:
@@ -125,6 +139,9 @@ class SyncBatchNorm(Synchronised, nn.BatchNorm2d, metaclass=ABCMeta):
         >>> layer = SyncBatchNorm(16)
         >>> layer(torch.randn(2, 16, 8, 8)).shape
         torch.Size([2, 16, 8, 8])
+        >>> block = SyncBatchNorm(16, activation="relu")  # of a ResNet: relu(norm(x) + residual)
+        >>> block(torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)).min() >= 0
+        tensor(True)
     """
 
     convert_sync_batchnorm: ClassVar[Callable[..., Any]]  # syncbn.convert_sync_batchnorm, set in _convert.py
@@ -141,6 +158,7 @@ class SyncBatchNorm(Synchronised, nn.BatchNorm2d, metaclass=ABCMeta):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: ActivationLike = None,
     ) -> None:
         if num_features < 1:
             raise InputError(f"expected at least 1 channel, got {num_features=}")
@@ -148,3 +166,4 @@ class SyncBatchNorm(Synchronised, nn.BatchNorm2d, metaclass=ABCMeta):
         if not bias:
             self.register_parameter("bias", None)  # torch < 2.10 knows no bias argument
         self._group = Group(process_group)
+        self._activation = activation_of(activation)

@@ -14,39 +14,53 @@ from torch import Tensor
 
 from . import _autograd
 from ._checks import check
+from ._epilogue import Activation, Epilogue
 from ._recomputation import is_repeatable
 from ._statistics import Running, update_running
 from .comm._groups import communicator
 
+_EPILOGUE = "Tensor? weight, Tensor? bias, Tensor? residual, str activation, float slope"  # see `_flat`
 _library: Any = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? batches, float eps, "
-    "bool repeatable, str group) -> (Tensor, Tensor, Tensor)",
+    f"forward(Tensor x, {_EPILOGUE}, Tensor? mean, Tensor? var, Tensor? batches, float eps, bool repeatable, str group)"
+    " -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor known, bool needs_x, str group) -> (Tensor, Tensor)",
+    f"backward(Tensor dy, Tensor x, {_EPILOGUE}, Tensor known, bool needs_x, str group) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-def sync_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float, group: str
-) -> Tensor:
+def sync_batch_norm(x: Tensor, epilogue: Epilogue, running: Running, eps: float, group: str) -> Tensor:
     """Do what `_autograd.sync_batch_norm` does, in operations that can be followed. `group` is the key of a group."""
     if torch._C._get_tracing_state() is None:  # the strides that `_forward_shapes` promises; torch.jit.trace needs none
         x = x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
     y, _, counted = torch.ops.syncbn.forward(
-        x, weight, bias, running.mean, running.var, running.batches, eps, not torch.is_grad_enabled(), group
+        x, *_flat(epilogue), *running[:3], eps, not torch.is_grad_enabled(), group
     )
     update_running(running, counted)
     return y  # type: ignore[no-any-return]
+
+
+def _flat(epilogue: Epilogue) -> tuple[Any, ...]:
+    """Return what a schema can hold of it: no activation is one without a name."""
+    return *epilogue.tensors, *(epilogue.activation or ("", 0.0))
+
+
+def _epilogue(*flat: Any) -> Epilogue:
+    """Undo `_flat`."""
+    *tensors, name, slope = flat
+    return Epilogue(*tensors, Activation(name, slope) if name else None)
 
 
 def _forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    slope: float,
     mean: Tensor | None,
     var: Tensor | None,
     batches: Tensor | None,
@@ -55,20 +69,41 @@ def _forward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, `[mean, 1/√(σ²+ε), N]` and the total that moves the running statistics, which are only looked at."""
-    check(x, weight, bias, mean, var)  # jit.trace cannot before
+    epilogue = _epilogue(weight, bias, residual, activation, slope)
+    check(x, epilogue, mean, var)  # jit.trace cannot before
     running = Running(mean, var, batches)
     y, known, counted = _autograd.forward(
-        x, weight, bias, running, eps, communicator(group), repeatable or is_repeatable(), move=False
+        x, epilogue, running, eps, communicator(group), repeatable or is_repeatable(), move=False
     )
     return _like(x, y), known, counted
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, known: Tensor, needs_x: bool, group: str
-) -> tuple[Tensor, Tensor]:
-    """Return dx, empty unless `needs_x`, and this replica's `[Σdy, Σdy·x̂]`."""
-    dx, share = _autograd.backward(dy, x, weight, known, communicator(group), needs_x, torch.float64)
-    return x.new_empty(0) if dx is None else _like(x, dx), share
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    slope: float,
+    known: Tensor,
+    needs_x: bool,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, empty unless `needs_x`, this replica's `[Σdz, Σdz·x̂]`, and dz, empty unless `_has_dz`."""
+    epilogue = _epilogue(weight, bias, residual, activation, slope)
+    dx, share, dz = _autograd.backward(dy, x, epilogue, known, communicator(group), needs_x, torch.float64)
+    nothing = x.new_empty(0)
+    return (
+        nothing if dx is None else _like(x, dx),
+        share,
+        nothing if dz is None or not _has_dz(epilogue) else _like(x, dz),
+    )
+
+
+def _has_dz(epilogue: Epilogue) -> bool:
+    """Tell whether the residual's gradient differs from dy."""
+    return epilogue.residual is not None and epilogue.activation is not None
 
 
 def _like(x: Tensor, y: Tensor) -> Tensor:
@@ -82,10 +117,11 @@ def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_shapes(
-    dy: Tensor, x: Tensor, weight: Tensor | None, known: Tensor, needs_x: bool, group: str
-) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x) if needs_x else x.new_empty(0)
-    return dx, x.new_empty(2 * x.shape[1], dtype=torch.float64)
+    dy: Tensor, x: Tensor, *epilogue_known_needs_x_group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *flat, _, needs_x, _ = epilogue_known_needs_x_group
+    dx, dz = (torch.empty_like(x) if needed else x.new_empty(0) for needed in (needs_x, _has_dz(_epilogue(*flat))))
+    return dx, x.new_empty(2 * x.shape[1], dtype=torch.float64), dz
 
 
 class _Group:
@@ -99,19 +135,21 @@ class _Group:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, *_, eps, _, group = inputs
+    x, *flat = inputs[:6]
+    *_, eps, _, group = inputs
     ctx.mark_non_differentiable(*output[1:])
-    _autograd.keep(ctx, x, weight, bias, output[1], eps, _Group(group))
+    _autograd.keep(ctx, x, _epilogue(*flat), output[1], eps, _Group(group))
 
 
 def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     def run(
-        dy: Tensor, x: Tensor, weight: Tensor | None, known: Tensor, comm: _Group, needs_x: bool, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.syncbn.backward(dy, x, weight, known, needs_x, comm.key)  # type: ignore[no-any-return]
+        dy: Tensor, x: Tensor, epilogue: Epilogue, known: Tensor, comm: _Group, needs_x: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        dx, share, dz = torch.ops.syncbn.backward(dy, x, *_flat(epilogue), known, needs_x, comm.key)
+        return dx, share, dz if _has_dz(epilogue) else None
 
-    dx, dweight, dbias = _autograd.gradients(ctx, dy, run)
-    return dx if ctx.needs_input_grad[0] else None, dweight, dbias, None, None, None, None, None, None
+    dx, *others = _autograd.gradients(ctx, dy, run)
+    return dx if ctx.needs_input_grad[0] else None, *others, *[None] * 8
 
 
 for _name, _run, _shapes in (("forward", _forward, _forward_shapes), ("backward", _backward, _backward_shapes)):

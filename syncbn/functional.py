@@ -9,6 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _autograd, _operators
 from ._checks import check, is_traced, refuse_transforms
+from ._epilogue import ActivationLike, Epilogue, activation_of
 from ._statistics import Running
 from .comm._groups import ProcessGroup, communicator, key_of
 
@@ -25,13 +26,16 @@ def sync_batch_norm(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     process_group: ProcessGroup = None,
+    *,
+    activation: ActivationLike = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     r"""Normalise each channel with the statistics of all replicas' inputs.
 
     In training, with sums over batch, space and all P replicas (they may hold different numbers of values, or none)::
 
         N = Σ n      μ = Σx / N      σ² = max(Σx²/N - μ², 0)
-        y = weight · (x - μ) / √(σ² + eps) + bias
+        y = activation(weight · (x - μ) / √(σ² + eps) + bias + residual)
         running_mean ← (1 - momentum)·running_mean + momentum·μ
         running_var  ← (1 - momentum)·running_var  + momentum·σ²·N/(N-1)
 
@@ -41,8 +45,11 @@ def sync_batch_norm(
     The gradient of `input` is that of the whole batch. Those of `weight` and `bias` are this replica's share: whatever
     reduces the gradients of the other parameters reduces these too.
 
+    Addition and activation cost no pass over memory, and nothing is kept for them but `bias` and `residual`: backward
+    computes what the activation was given from `input`, which is kept anyway. Any sign of `weight` will do.
+
     Otherwise it is `torch.nn.functional.batch_norm`, bit for bit: the running statistics, or this replica's own batch
-    where there are none.
+    where there are none; then the addition and the activation.
 
     Args:
         input: (N, C, *), any floating dtype; N, or a dimension of *, may be 0.
@@ -57,15 +64,18 @@ def sync_batch_norm(
         eps: added to the variance.
         process_group: the replicas: None or "world" for all, "node", int (replicas per group), a torch ProcessGroup or
             DeviceMesh of one dimension, an mpi4py Comm, a horovod ProcessSet or a Communicator.
+        activation: "relu", "leaky_relu" (slope 0.01), "silu" or "hardswish", or the torch.nn module that is one of
+            these, as nn.LeakyReLU(0.1); each as torch defines it.
+        residual: added before the activation: shape, dtype and device of `input`, any memory format.
 
     Returns:
         (N, C, *) in dtype and memory format of `input`. Per-value arithmetic is float32, float64 for float64 input.
 
     Raises:
-        InputError: wrong rank or channel count, or one value per channel in the whole world (a ValueError). The latter
-            is seen on the CPU only; an accelerator would have to wait for the number, and gets y = bias instead. Also
-            torch.func.vmap and jvp, and `is_grads_batched=True`.
-        DTypeError: a tensor is not floating, or a DTensor or the like (a TypeError).
+        InputError: wrong rank, channel count, device, activation or shape of the residual, or one value per channel in
+            the whole world (a ValueError). The latter is seen on the CPU only; an accelerator would have to wait for
+            the number, and gets y = bias instead. Also torch.func.vmap and jvp, and `is_grads_batched=True`.
+        DTypeError: a tensor is not floating, or a DTensor or the like, or the residual has another dtype (a TypeError).
         GroupError: `process_group` is unknown or does not hold this rank.
         CollectiveError: a peer is lost.
 
@@ -82,36 +92,30 @@ def sync_batch_norm(
         >>> torch.allclose(y, torch.nn.functional.batch_norm(x, None, None, training=True), atol=1e-6)
         True
     """
+    epilogue = Epilogue(weight, bias, residual, activation_of(activation))
     if not training:
-        return evaluate(input, weight, bias, running_mean, running_var, eps)
-    return train(input, weight, bias, Running(running_mean, running_var, None, momentum), eps, key_of(process_group))
+        return evaluate(input, epilogue, running_mean, running_var, eps)
+    return train(input, epilogue, Running(running_mean, running_var, None, momentum), eps, key_of(process_group))
 
 
-def train(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float, group: str
-) -> Tensor:
+def train(input: Tensor, epilogue: Epilogue, running: Running, eps: float, group: str) -> Tensor:
     """Normalise with the statistics of all replicas of the group whose key is `group`; move the `running` ones."""
-    tensors = (input, weight, bias)
+    tensors = (input, *epilogue.tensors)
     if has_torch_function(tensors):  # subclasses and modes decide, as for a function of torch's own
-        return handle_torch_function(train, tensors, input, weight, bias, running, eps, group)
-    check(input, weight, bias, running.mean, running.var)
+        return handle_torch_function(train, tensors, input, epilogue, running, eps, group)
+    check(input, epilogue, running.mean, running.var)
     if is_traced(input):
-        return _operators.sync_batch_norm(input, weight, bias, running, eps, group)
+        return _operators.sync_batch_norm(input, epilogue, running, eps, group)
     refuse_transforms(input)
-    return _autograd.sync_batch_norm(input, weight, bias, running, eps, communicator(group))
+    return _autograd.sync_batch_norm(input, epilogue, running, eps, communicator(group))
 
 
 def evaluate(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
+    input: Tensor, epilogue: Epilogue, running_mean: Tensor | None, running_var: Tensor | None, eps: float
 ) -> Tensor:
     """Use torch's own kernel, after the conversions that it asks for but does not make."""
-    check(input, weight, bias, running_mean, running_var)
-    per_channel = [running_mean, running_var, weight, bias]
+    check(input, epilogue, running_mean, running_var)
+    per_channel = [running_mean, running_var, epilogue.weight, epilogue.bias]
     dtypes = {tensor.dtype for tensor in per_channel if tensor is not None}
     mixed = input.dtype in (torch.float16, torch.bfloat16) and dtypes == {torch.float32}  # torch's one allowed mixture
     if dtypes - {input.dtype} and not mixed:
@@ -119,4 +123,5 @@ def evaluate(
         per_channel = [None if tensor is None else tensor.to(dtype) for tensor in per_channel]
     running_mean, running_var, weight, bias = per_channel
     batch_statistics = running_mean is None or running_var is None
-    return F.batch_norm(input, running_mean, running_var, weight, bias, batch_statistics, 0.0, eps)
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, batch_statistics, 0.0, eps)
+    return epilogue.finish(y)

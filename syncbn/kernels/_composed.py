@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._epilogue import Epilogue
 from .._statistics import Running, refuse_one_value, update_running
 from .._statistics import statistics as statistics_of
 
@@ -32,44 +33,54 @@ def moments(x: Tensor) -> Tensor:
 
 
 def normalize(
-    x: Tensor, total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None
+    x: Tensor, total: Tensor, epilogue: Epilogue, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor]:
-    """Return y = γ/√(σ²+ε)·(d - (μ - p)) + β and `[mean, 1/√(σ²+ε), N]`; move the running statistics."""
+    """Return y and `[mean, 1/√(σ²+ε), N]`; move the running statistics."""
     refuse_one_value(total)
     of = statistics_of(total, eps)
-    mean, scale, _ = _parts(of)
-    values = _wide(x)
-    pivot = mean.detach().to(values.dtype)
-    scale = scale if weight is None else scale * weight
-    shift = (pivot - mean) * scale
-    shift = shift if bias is None else shift + bias
-    y = (values - _view(pivot, x)) * _view(scale.to(values.dtype), x) + _view(shift.to(values.dtype), x)
+    y = epilogue.finish(_affine(x, of, epilogue))
     if running is not None:
         update_running(running, total.detach())
     return _in_format_of(x, y.to(x.dtype)), of
 
 
-def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
-    """Return `[Σdy, Σdy·x̂]`."""
+def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor | None]:
+    """Return `[Σdz, Σdz·x̂]`, and dz if there is an activation."""
     mean, invstd, _ = _parts(statistics)
     grads, values = _wide(dy), _wide(x)
+    activation = epilogue.activation
+    if activation is not None:
+        z = epilogue._replace(activation=None).finish(_affine(x, statistics, epilogue))
+        grads = activation.gradient(grads, z)
     pivot = mean.detach().to(values.dtype)
     t1, t2 = _sum(grads).double(), _sum(grads * (values - _view(pivot, x))).double()
-    return torch.cat([t1, (t2 + (pivot - mean) * t1) * invstd])
+    sums = torch.cat([t1, (t2 + (pivot - mean) * t1) * invstd])
+    return sums, None if activation is None else _in_format_of(x, grads.to(x.dtype))
 
 
-def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
+def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue, sums: Tensor) -> Tensor:
     """Return weight/√(σ²+ε)·(dy - T1/N - x̂·T2/N), with a pivot of dy, too."""
     mean, invstd, count = _parts(statistics)
     mean_dy, mean_dy_xhat = (sums / count.clamp(min=1)).chunk(2)
     grads, values = _wide(dy), _wide(x)
     pivot, dy_pivot = mean.detach().to(values.dtype), mean_dy.detach().to(values.dtype)
-    dy_scale = invstd if weight is None else invstd * weight
+    dy_scale = invstd if epilogue.weight is None else invstd * epilogue.weight
     scale = -dy_scale * invstd * mean_dy_xhat
     shift = (pivot - mean) * scale + (dy_pivot - mean_dy) * dy_scale
     dy_scale, scale, shift = (_view(k.to(values.dtype), x) for k in (dy_scale, scale, shift))
     dx = (grads - _view(dy_pivot, x)) * dy_scale + (values - _view(pivot, x)) * scale + shift
     return _in_format_of(x, dx.to(x.dtype))
+
+
+def _affine(x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
+    """Return weight·x̂ + bias = γ/√(σ²+ε)·(d - (μ - p)) + β, in the dtype of the work per value."""
+    mean, scale, _ = _parts(statistics)
+    values = _wide(x)
+    pivot = mean.detach().to(values.dtype)
+    scale = scale if epilogue.weight is None else scale * epilogue.weight
+    shift = (pivot - mean) * scale
+    shift = shift if epilogue.bias is None else shift + epilogue.bias
+    return (values - _view(pivot, x)) * _view(scale.to(values.dtype), x) + _view(shift.to(values.dtype), x)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from .. import _native
+from .._epilogue import Epilogue
 from .._plain import not_wrapped
 from .._statistics import Running, one_value
 
@@ -23,32 +24,40 @@ def moments(x: Tensor) -> Tensor:
 
 
 def normalize(
-    x: Tensor, total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None
+    x: Tensor, total: Tensor, epilogue: Epilogue, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor]:
     """Return y and `[mean, 1/√(σ²+ε), N]`; move the running statistics."""
     x = _dense(x)
     y, statistics = torch.empty_like(x), torch.empty_like(total)
     if running is not None:  # as every in-place operation does
         torch.autograd.graph.increment_version([t for t in running[:3] if t is not None])
-    if _native.normalize(get_num_threads(), x, y, total, statistics, weight, bias, eps, running) == 1:
+    epilogue = _dense_residual(epilogue, x)
+    if _native.normalize(get_num_threads(), x, y, total, statistics, epilogue, eps, running) == 1:
         raise one_value()
     return y, statistics
 
 
-def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
-    """Return `[Σdy, Σdy·x̂]`."""
+def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor | None]:
+    """Return `[Σdz, Σdz·x̂]`, and dz if there are a residual and an activation."""
     x = _dense(x)
     payload = x.new_empty(2 * x.shape[1], dtype=torch.float64)
-    _native.backward_sums(get_num_threads(), _like(dy, x), x, statistics, payload)
-    return payload
+    dz = None if epilogue.residual is None or epilogue.activation is None else torch.empty_like(x)
+    epilogue = _dense_residual(epilogue, x)
+    _native.backward_sums(get_num_threads(), _like(dy, x), x, statistics, epilogue, payload, dz)
+    return payload, dz
 
 
-def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
-    """Return weight/√(σ²+ε)·(dy - T1/N - x̂·T2/N)."""
+def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue, sums: Tensor) -> Tensor:
+    """Return weight/√(σ²+ε)·(dz - T1/N - x̂·T2/N)."""
     x = _dense(x)
     dx = torch.empty_like(x)
-    _native.backward_input(get_num_threads(), _like(dy, x), x, dx, statistics, weight, sums)
+    _native.backward_input(get_num_threads(), _like(dy, x), x, dx, statistics, epilogue, sums)
     return dx
+
+
+def _dense_residual(epilogue: Epilogue, x: Tensor) -> Epilogue:
+    residual = epilogue.residual
+    return epilogue if residual is None else epilogue._replace(residual=_like(residual, x))
 
 
 def _dense(x: Tensor) -> Tensor:

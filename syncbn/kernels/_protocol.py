@@ -6,15 +6,18 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .._epilogue import Epilogue
 from .._statistics import Running
 
 
 class Kernels(Protocol):
     """Four functions over x, dy (N, C, *), one before and one after each collective; a module can implement it.
 
-    Payloads and statistics are float64. weight and bias are (C,) of any floating dtype, or None for 1 and 0. A result
-    of the size of `x` has its dtype and memory format. N, or a dimension of *, may be 0. Nothing is read back from an
-    accelerator.
+    Payloads and statistics are float64. A result of the size of `x` has its dtype and memory format. N, or a dimension
+    of *, may be 0. Nothing is read back from an accelerator.
+
+    With x̂ = (x - mean)/√(σ²+ε) and the pre-activation z = weight·x̂ + bias + residual, y = activation(z). The backward
+    computes z again from x; dz is the gradient of z, which is dy where there is no activation.
     """
 
     __name__: str
@@ -29,12 +32,11 @@ class Kernels(Protocol):
         self,
         x: Tensor,
         total: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        epilogue: Epilogue,
         eps: float,
         running: Running | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return weight·(x - mean)/√(σ²+ε) + bias, and `[mean, 1/√(σ²+ε), N]`, (2C+1,); move the `running` statistics.
+        """Return y and `[mean, 1/√(σ²+ε), N]`, (2C+1,); move the `running` statistics.
 
         `total` is `[Σx, Σx², N]` over all replicas.
 
@@ -42,8 +44,16 @@ class Kernels(Protocol):
             InputError: N is 1, and the number lies on the CPU; nothing has moved.
         """
 
-    def backward_sums(self, dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
-        """Return `[Σdy, Σdy·x̂]`, (2C,), with x̂ = (x - mean)/√(σ²+ε)."""
+    def backward_sums(
+        self, dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return `[Σdz, Σdz·x̂]`, (2C,), and dz, or None where there is no activation.
 
-    def backward_input(self, dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
-        """Return weight/√(σ²+ε)·(dy - T1/N - x̂·T2/N) for `sums` = [T1, T2], (2C,), over all replicas."""
+        Also None, to save memory, where `backward_input` can compute it again: without a residual.
+        """
+
+    def backward_input(self, dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue, sums: Tensor) -> Tensor:
+        """Return weight/√(σ²+ε)·(dz - T1/N - x̂·T2/N) for `sums` = [T1, T2], (2C,), over all replicas.
+
+        `epilogue` has no residual; where `backward_sums` returned dz, that is `dy` here and there is no activation.
+        """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._epilogue import Epilogue
 from .._plain import are_plain
 from .._statistics import Running, update_running
 from .._statistics import statistics as statistics_of
@@ -34,7 +35,7 @@ def moments(x: Tensor) -> Tensor:
 
 
 def normalize(
-    x: Tensor, total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None
+    x: Tensor, total: Tensor, epilogue: Epilogue, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor]:
     """Return y and `[mean, 1/√(σ²+ε), N]`; move the running statistics."""
     statistics = statistics_of(total, eps)
@@ -42,23 +43,27 @@ def normalize(
         update_running(running, total)
     if x.numel() == 0:
         return torch.empty_like(x), statistics
-    dtype = _per_channel_dtype(x)
-    mean, invstd, _ = _parts(statistics.to(dtype))
-    y = torch.batch_norm_elemt(_dense(x), _to(weight, dtype), _to(bias, dtype), mean, invstd, 0.0)
-    return y, statistics
+    return epilogue.finish(_affine(_dense(x), statistics, epilogue)), statistics
 
 
-def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
-    """Return `[Σdy, Σdy·x̂]`."""
+def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor | None]:
+    """Return `[Σdz, Σdz·x̂]`, and dz if there is an activation."""
+    activation = epilogue.activation
     if x.numel() == 0:
-        return x.new_zeros(2 * x.shape[1], dtype=torch.float64)
+        sums = x.new_zeros(2 * x.shape[1], dtype=torch.float64)
+        return sums, None if activation is None else torch.empty_like(x)
     mean, invstd, _ = _parts(statistics.to(_per_channel_dtype(x)))
     x = _dense(x)
-    sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(_like(dy, x), x, mean, invstd, None, True, False, False)
-    return torch.cat([sum_dy.double(), sum_dy_xmu * _parts(statistics)[1]])
+    dz = _like(dy, x)
+    if activation is not None:
+        z = epilogue._replace(activation=None).finish(_affine(x, statistics, epilogue))
+        dz = activation.gradient(dz, z)
+    sum_dz, sum_dz_xmu, _, _ = torch.batch_norm_backward_reduce(dz, x, mean, invstd, None, True, False, False)
+    sums = torch.cat([sum_dz.double(), sum_dz_xmu * _parts(statistics)[1]])
+    return sums, None if activation is None else dz
 
 
-def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
+def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue, sums: Tensor) -> Tensor:
     """Return weight/√(σ²+ε)·(dy - T1/N - x̂·T2/N)."""
     if x.numel() == 0:
         return torch.empty_like(x)
@@ -69,9 +74,16 @@ def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | N
     sum_dy, sum_dy_xhat = (sums / count).chunk(2)
     # The kernel divides by a sum of int32 counts, which would not hold N beyond 2³¹: it gets shares, and a 1.
     return torch.batch_norm_backward_elemt(
-        _like(dy, x), x, mean, invstd, _to(weight, dtype), sum_dy.to(dtype), (sum_dy_xhat / exact_invstd).to(dtype),
+        _like(dy, x), x, mean, invstd, _to(epilogue.weight, dtype), sum_dy.to(dtype), (sum_dy_xhat / exact_invstd).to(dtype),
         torch.ones(1, dtype=torch.int32, device=x.device),
     )  # fmt: skip
+
+
+def _affine(x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
+    """Return weight·x̂ + bias."""
+    dtype = _per_channel_dtype(x)
+    mean, invstd, _ = _parts(statistics.to(dtype))
+    return torch.batch_norm_elemt(x, _to(epilogue.weight, dtype), _to(epilogue.bias, dtype), mean, invstd, 0.0)
 
 
 def _parts(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
