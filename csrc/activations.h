@@ -21,6 +21,17 @@ struct Format<double> {
     static constexpr double LIMIT = 708, LN2 = 0x1.62e42fefap-1, LN2_REST = 0x1.cf79abc9e3b39p-40;
 };
 
+template <class A>
+struct InverseFactorials {
+    A of[Format<A>::DEGREE + 1] = {1};
+    constexpr InverseFactorials() {
+        double factorial = 1;
+        for (int k = 1; k <= Format<A>::DEGREE; k++) of[k] = A(1 / (factorial *= k));
+    }
+};
+template <class A>
+constexpr InverseFactorials<A> INVERSE_FACTORIALS{};
+
 // e^t = 2^n·e^r with |r| <= ln(2)/2, by Taylor's series; t is cut at ±LIMIT. NaN stays NaN.
 template <class A>
 inline INLINE Vector<A> exponential(Vector<A> t) {
@@ -33,8 +44,8 @@ inline INLINE Vector<A> exponential(Vector<A> t) {
     t = t < -F::LIMIT ? V{} - F::LIMIT : t;
     const V shifted = t * A(1.44269504088896340736) + SHIFTER, n = shifted - SHIFTER;
     const V r = t - n * F::LN2 - n * F::LN2_REST;
-    V power = V{} + A(1);
-    for (int k = F::DEGREE; k > 0; k--) power = 1 + power * r * A(1. / k);
+    V power = V{} + INVERSE_FACTORIALS<A>.of[F::DEGREE];
+    for (int k = F::DEGREE; k-- > 0;) power = INVERSE_FACTORIALS<A>.of[k] + power * r;
     return power * bit_cast<V>((bit_cast<Integers>(shifted) + BIAS) << F::MANTISSA);
 }
 

@@ -78,7 +78,10 @@ struct Plan {
 };
 
 // Below this many values a thread is not worth waking; from that many bytes on the caches do not hold the result.
-constexpr int64_t GRAIN = 1 << 15, UNCACHED = 1 << 24;
+constexpr int64_t GRAIN = 1 << 15, UNCACHED = 1 << 14;
+
+// Values of several tensors that the second level of cache holds.
+constexpr int64_t CACHED = 1 << 14;
 
 struct Tensors {
     int threads;
@@ -117,7 +120,8 @@ struct Tensors {
     }
 
     // Into to (2C,). The slices depend on the shape alone and are added in order: any number of threads, the same bits.
-    void sum(Loop loop, const void *coefficients, double *to) const {
+    // With `first` that loop's result, in pieces that stay in the cache, is what the other takes for dy.
+    void sum(Loop loop, const void *coefficients, double *to, Loop first = nullptr) const {
         std::fill_n(to, 2 * plan.channels, 0.0);
         for (const View &view : plan.views) {
             const int64_t stride = plan.stride;
@@ -126,9 +130,16 @@ struct Tensors {
             const int64_t units = view.units();
             [[maybe_unused]] const int team = int(std::min<int64_t>(threads, slices));
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-            for (int64_t k = 0; k < slices; k++)
-                loop(job(view, coefficients, sums.data() + k * 2 * stride, units * k / slices,
-                         units * (k + 1) / slices));
+            for (int64_t k = 0; k < slices; k++) {
+                const int64_t end = units * (k + 1) / slices;
+                const int64_t piece = first ? std::max<int64_t>(1, CACHED / std::min(view.run(), BLOCK)) : end;
+                for (int64_t begin = units * k / slices; begin < end; begin += piece) {
+                    Job of_piece = job(view, coefficients, sums.data() + k * 2 * stride, begin, std::min(end, begin + piece));
+                    of_piece.streaming = false;
+                    if (first) first(of_piece), of_piece.dy = of_piece.out;
+                    loop(of_piece);
+                }
+            }
             for (int64_t k = 1; k < slices; k++)
                 for (int64_t j = 0; j < 2 * stride; j++) sums[j] += sums[k * 2 * stride + j];
             const int64_t period = plan.channels * plan.spread;
@@ -227,6 +238,7 @@ void backward_sums(int threads, nb::handle dy_, nb::handle x_, nb::handle statis
     const Vector statistics("statistics", statistics_, 2 * C + 1);
     const Epilogue epilogue(epilogue_, x);
     void *const dz = dz_.is_none() ? nullptr : Values("dz", dz_, x).at;
+    if (epilogue.residual && epilogue.activation != IDENTITY && dz_.is_none()) refuse("dz", "expected a tensor: there is a residual");
     double *const t1 = result("payload", payload_, 2 * C), *const t2 = t1 + C;
     const nb::gil_scoped_release release;
     const double *const mean = statistics.begin(), *const invstd = mean + C;
@@ -235,7 +247,11 @@ void backward_sums(int threads, nb::handle dy_, nb::handle x_, nb::handle statis
     const auto coefficients = t.coefficients(kinds, [&](int64_t c, double *k, auto rounded) {
         affine(k, mean[c], invstd[c], epilogue.weight[c], epilogue.bias[c], rounded);
     });
-    t.sum(loops[x.dtype].backward_sums[epilogue.activation], coefficients.data(), t1);
+    const Loops &of = loops[x.dtype];
+    if (dz)
+        t.sum(of.backward_sums[IDENTITY], coefficients.data(), t1, of.gradient[epilogue.activation]);
+    else
+        t.sum(of.backward_sums[epilogue.activation], coefficients.data(), t1);
     for (int64_t c = 0; c < C; c++) t2[c] = (t2[c] + (t.rounded(mean[c]) - mean[c]) * t1[c]) * invstd[c];
 }
 

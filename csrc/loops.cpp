@@ -46,14 +46,6 @@ struct Sums {
     Double s1[PARTS<A>] = {}, s2[PARTS<A>] = {};
 };
 
-// z = scale·(x - p) + shift + residual for the values from `at` on, of which d holds x - p.
-template <class T>
-inline INLINE VectorFor<T> argument(const Job &job, int64_t at, int64_t n, VectorFor<T> d, VectorFor<T> scale,
-                                    VectorFor<T> shift) {
-    const VectorFor<T> z = scale * d + shift;
-    return job.residual ? z + read((const T *)job.residual + at, n) : z;
-}
-
 // Add the sums of R vectors: x(r) reads them, dz(r, x - p) computes their gradients. Lanes without a value are zero in
 // x in the forward and in dz in the backward, and add zero.
 //
@@ -206,10 +198,7 @@ void sums(const Job &job) {
     const auto gradient = [&](int64_t at, int64_t n, V d, const V *k) INLINE {
         V dz = {};
         if constexpr (Backward) dz = read((const T *)job.dy + at, n);
-        if constexpr (Activated) {
-            dz = F::gradient(dz, argument<T>(job, at, n, d, k[SCALE], k[SHIFT]), A(job.slope));
-            if (job.out) write((T *)job.out + at, dz, n, job.streaming);
-        }
+        if constexpr (Activated) dz = F::gradient(dz, k[SCALE] * d + k[SHIFT], A(job.slope));
         return dz;
     };
     const auto planes = [&](auto add_up) INLINE {  // add_up(at, size, k, dz(i, n, d), channel) for each block of a plane
@@ -258,29 +247,32 @@ void sums(const Job &job) {
             for (; c + W <= C; c += W) columns(c, W, W);
             if (c < C) C < W ? columns(0, C, C) : columns(C - W, W, C - c);
         });
-    if (job.streaming) end_of_streams();
 }
 
+enum Result { Y, DZ, DX };
+
 // The elementwise work on R vectors of n values that lie `stride` apart, with the coefficients k.
-template <class T, class F, bool Backward, int R>
+template <class T, class F, Result RESULT, int R>
 inline INLINE void map(const Job &job, int64_t at, int64_t stride, int64_t n, const VectorFor<T> *k) {
+    using V = VectorFor<T>;
+    const auto slope = Compute<T>(job.slope);
     for (int r = 0; r < R; r++, at += stride) {
-        const VectorFor<T> d = read((const T *)job.x + at, n) - k[PIVOT];
-        VectorFor<T> result;
-        if constexpr (Backward) {
-            auto dz = read((const T *)job.dy + at, n);
-            dz = F::gradient(dz, k[SCALE] * d + k[SHIFT], Compute<T>(job.slope));
-            result = k[DZ_SCALE] * (dz - k[DZ_PIVOT]) + k[X_SCALE] * d + k[X_SHIFT];
-        } else {
-            result = F::value(argument<T>(job, at, n, d, k[SCALE], k[SHIFT]), Compute<T>(job.slope));
-        }
+        const V d = read((const T *)job.x + at, n) - k[PIVOT];
+        V z = k[SCALE] * d + k[SHIFT], result;
+        if (RESULT != DX && job.residual) z += read((const T *)job.residual + at, n);
+        if constexpr (RESULT == Y)
+            result = F::value(z, slope);
+        else
+            result = F::gradient(read((const T *)job.dy + at, n), z, slope);
+        if constexpr (RESULT == DX)
+            result = k[DZ_SCALE] * (result - k[DZ_PIVOT]) + k[X_SCALE] * d + k[X_SHIFT];
         write((T *)job.out + at, result, n, job.streaming);
     }
 }
 
-template <class T, class F, bool Backward>
+template <class T, class F, Result RESULT>
 void elementwise(const Job &job) {
-    constexpr int W = WIDTH<T>, KINDS = Backward ? COEFFICIENTS : SHIFT + 1;
+    constexpr int W = WIDTH<T>, KINDS = RESULT == DX ? COEFFICIENTS : SHIFT + 1;
     using V = VectorFor<T>;
     const int64_t C = job.channels;
     const auto *coefficients = (const Compute<T> *)job.coefficients;
@@ -289,14 +281,14 @@ void elementwise(const Job &job) {
         for_blocks(job, [&](int64_t c, int64_t first, int64_t size) {
             V k[KINDS];
             for (int kind = 0; kind < KINDS; kind++) k[kind] = V{} + *at(kind, c);
-            for_vectors<W>(size, [&](int64_t i, int64_t n) INLINE { map<T, F, Backward, 1>(job, first + i, 0, n, k); });
+            for_vectors<W>(size, [&](int64_t i, int64_t n) INLINE { map<T, F, RESULT, 1>(job, first + i, 0, n, k); });
         });
     else
-        for_rows<4>(job.begin, job.end - job.begin, C * sizeof(T), [&](auto R, int64_t row, int64_t stride) {
+        for_rows<RESULT == DZ ? 1 : 4>(job.begin, job.end - job.begin, C * sizeof(T), [&](auto R, int64_t row, int64_t stride) {
             for_vectors<W>(C, [&](int64_t c, int64_t n) INLINE {
                 V k[KINDS];
                 for (int kind = 0; kind < KINDS; kind++) k[kind] = load<V>(at(kind, c));
-                map<T, F, Backward, R>(job, row * C + c, stride * C, n, k);
+                map<T, F, RESULT, R>(job, row * C + c, stride * C, n, k);
             });
         });
     if (job.streaming) end_of_streams();
@@ -305,7 +297,7 @@ void elementwise(const Job &job) {
 // In the order of Activation.
 template <class T, class... F>
 constexpr Loops loops_of = {
-    sums<T, NoGradient>, {elementwise<T, F, false>...}, {sums<T, F>...}, {elementwise<T, F, true>...}};
+    sums<T, NoGradient>, {elementwise<T, F, Y>...}, {elementwise<T, F, DZ>...}, {sums<T, F>...}, {elementwise<T, F, DX>...}};
 
 template <class T>
 constexpr Loops LOOPS = loops_of<T, Identity, Relu, LeakyRelu, Silu, Hardswish>;

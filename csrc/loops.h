@@ -9,7 +9,8 @@
 // and its argument z = scale·(x - pivot) + shift + residual:
 //   moments         Σx and Σx², without coefficients
 //   normalize       out = f(z)
-//   backward_sums   Σdz and Σdz·(x - pivot) for dz = dy·f'(z), which out is, too, if there is one
+//   gradient        out = dz = dy·f'(z)
+//   backward_sums   Σdz and Σdz·(x - pivot); no residual
 //   backward_input  out = dz_scale·(dz - dz_pivot) + x_scale·(x - pivot) + x_shift; no residual
 enum Coefficient { PIVOT, SCALE, SHIFT, DZ_PIVOT, DZ_SCALE, X_SCALE, X_SHIFT, COEFFICIENTS };
 
@@ -35,7 +36,7 @@ constexpr int64_t blocks_per_plane(int64_t inner) { return (inner + BLOCK - 1) /
 
 using Loop = void (*)(const Job &);
 struct Loops {
-    Loop moments, normalize[ACTIVATIONS], backward_sums[ACTIVATIONS], backward_input[ACTIVATIONS];
+    Loop moments, normalize[ACTIVATIONS], gradient[ACTIVATIONS], backward_sums[ACTIVATIONS], backward_input[ACTIVATIONS];
 };
 
 enum DType { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, DTYPES };

@@ -20,8 +20,8 @@ from .kernels import kernels_for
 def sync_batch_norm(x: Tensor, epilogue: Epilogue, running: Running, eps: float, comm: Communicator) -> Tensor:
     """Normalise `x` (N, C, *) with the moments of all replicas, and move the `running` statistics.
 
-    For backward it keeps `x`, `weight` and 2C+1 numbers (mean, 1/√(σ²+ε), N), with an activation `bias` and the residual
-    too; never the running statistics, so that those may move meanwhile.
+    For backward it keeps `x`, `weight` and 2C+1 numbers (mean, 1/√(σ²+ε), N), and with an activation `bias` and the
+    residual; never the running statistics, so that those may move meanwhile.
 
     Collectives: one float64 all-reduce of 2C+1 numbers, `[Σx, Σx², n]`; in a backward that needs dx one of 2C,
     `[Σdz, Σdz·x̂]`; in the derivative of that, two more of 2C.

@@ -46,6 +46,11 @@ class _Function(NamedTuple):
     gradient: Callable[[Tensor, Tensor, float], Tensor]
 
 
+def _silu_gradient(dy: Tensor, z: Tensor, _: float) -> Tensor:
+    sigmoid = z.sigmoid()  # torch's own silu_backward has no derivative
+    return dy * sigmoid * (1 + z * (1 - sigmoid))
+
+
 _FUNCTIONS = {
     "relu": _Function(
         nn.ReLU, 0.0, lambda z, _, inplace: F.relu(z, inplace), lambda dy, z, _: _aten.threshold_backward(dy, z, 0)
@@ -53,7 +58,7 @@ _FUNCTIONS = {
     "leaky_relu": _Function(
         nn.LeakyReLU, 0.01, F.leaky_relu, lambda dy, z, slope: _aten.leaky_relu_backward(dy, z, slope, False)
     ),
-    "silu": _Function(nn.SiLU, 0.0, lambda z, _, inplace: F.silu(z, inplace), lambda dy, z, _: _aten.silu_backward(dy, z)),
+    "silu": _Function(nn.SiLU, 0.0, lambda z, _, inplace: F.silu(z, inplace), _silu_gradient),
     "hardswish": _Function(
         nn.Hardswish,
         0.0,

@@ -42,6 +42,13 @@ class Synchronised(_BatchNorm):
     def activation(self, value: ActivationLike) -> None:
         self._activation = activation_of(value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; an activation that is a module becomes no submodule, as nn.Module would have it."""
+        if name == "activation":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def _check_input_dim(self, input: Tensor) -> None:
         """Any (N, C, *): `train` checks it. A converted layer has the check of its original class here."""
 
@@ -49,7 +56,9 @@ class Synchronised(_BatchNorm):
         """Normalise `input` (N, C, *), add `residual`, of its shape and dtype, and apply the activation."""
         if isinstance(input, Proxy):  # torch.fx: the layer is a leaf, as those of torch.nn are
             path = input.tracer.path_of_module(self)
-            return input.tracer.create_proxy("call_module", path, (input,) if residual is None else (input, residual), {})
+            return input.tracer.create_proxy(
+                "call_module", path, (input,) if residual is None else (input, residual), {}
+            )
         self._check_input_dim(input)
         epilogue = Epilogue(self.weight, self.bias, residual, self._activation)
         tracked = not self.training or self.track_running_stats  # the condition of nn.BatchNorm

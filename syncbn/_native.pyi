@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ._epilogue import Epilogue
 from ._statistics import Running
 
 INTERFACE: int
@@ -17,19 +18,22 @@ class SharedMemory:
 # Of CPU tensors: what syncbn/_plain.py says.
 def are_plain(tensors: tuple[Tensor | None, ...], /) -> bool: ...
 
-# Whether _checks.check has nothing to find: input (N, C, *), and (C,) or None, plain, floating and on the CPU.
-def fit(input: Tensor, /, *per_channel: Tensor | None) -> bool: ...
+# Whether _checks.check has nothing to find: input (N, C, *), a residual like it or None, and (C,) or None, plain,
+# floating and on the CPU.
+def fit(input: Tensor, residual: Tensor | None, /, *per_channel: Tensor | None) -> bool: ...
 
-# The CPU kernels; results are written to the tensors y, dx, statistics and payload.
+# The CPU kernels; results are written to the tensors y, dz, dx, statistics and payload.
 def is_dense(tensor: Tensor, /) -> bool: ...
 def moments(threads: int, x: Tensor, payload: Tensor, /) -> None: ...
 def normalize(
-    threads: int, x: Tensor, y: Tensor, total: Tensor, statistics: Tensor,
-    weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None, /,
+    threads: int, x: Tensor, y: Tensor, total: Tensor, statistics: Tensor, epilogue: Epilogue, eps: float,
+    running: Running | None, /,
 ) -> float: ...  # fmt: skip
-def backward_sums(threads: int, dy: Tensor, x: Tensor, statistics: Tensor, payload: Tensor, /) -> None: ...
+def backward_sums(
+    threads: int, dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue, payload: Tensor, dz: Tensor | None, /
+) -> None: ...
 def backward_input(
-    threads: int, dy: Tensor, x: Tensor, dx: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor, /
+    threads: int, dy: Tensor, x: Tensor, dx: Tensor, statistics: Tensor, epilogue: Epilogue, sums: Tensor, /
 ) -> None: ...
 def instruction_sets() -> list[str]: ...
 def use_instruction_set(name: str) -> None: ...

@@ -36,9 +36,7 @@ def sync_batch_norm(x: Tensor, epilogue: Epilogue, running: Running, eps: float,
     """Do what `_autograd.sync_batch_norm` does, in operations that can be followed. `group` is the key of a group."""
     if torch._C._get_tracing_state() is None:  # the strides that `_forward_shapes` promises; torch.jit.trace needs none
         x = x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
-    y, _, counted = torch.ops.syncbn.forward(
-        x, *_flat(epilogue), *running[:3], eps, not torch.is_grad_enabled(), group
-    )
+    y, _, counted = torch.ops.syncbn.forward(x, *_flat(epilogue), *running[:3], eps, not torch.is_grad_enabled(), group)
     update_running(running, counted)
     return y  # type: ignore[no-any-return]
 
@@ -50,8 +48,8 @@ def _flat(epilogue: Epilogue) -> tuple[Any, ...]:
 
 def _epilogue(*flat: Any) -> Epilogue:
     """Undo `_flat`."""
-    *tensors, name, slope = flat
-    return Epilogue(*tensors, Activation(name, slope) if name else None)
+    weight, bias, residual, name, slope = flat
+    return Epilogue(weight, bias, residual, Activation(name, slope) if name else None)
 
 
 def _forward(
@@ -116,9 +114,7 @@ def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), known, counted
 
 
-def _backward_shapes(
-    dy: Tensor, x: Tensor, *epilogue_known_needs_x_group: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_shapes(dy: Tensor, x: Tensor, *epilogue_known_needs_x_group: Any) -> tuple[Tensor, Tensor, Tensor]:
     *flat, _, needs_x, _ = epilogue_known_needs_x_group
     dx, dz = (torch.empty_like(x) if needed else x.new_empty(0) for needed in (needs_x, _has_dz(_epilogue(*flat))))
     return dx, x.new_empty(2 * x.shape[1], dtype=torch.float64), dz

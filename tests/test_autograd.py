@@ -85,6 +85,22 @@ def test_gradgradcheck(shapes):
     assert torch.autograd.gradgradcheck(lambda *t: Together.apply(normalise, len(shapes), *t), arguments_of(shapes))
 
 
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+@pytest.mark.parametrize("activation", [None, "relu", nn.LeakyReLU(0.25), "silu", "hardswish"], ids=str)
+def test_gradients_through_activation_and_residual(activation, check):
+    shapes = SHAPES[1]
+
+    def normalise(comm, x, weight, bias, residual=None):
+        return [
+            sync_batch_norm(x, None, None, weight, bias, process_group=comm, activation=activation, residual=residual)
+        ]
+
+    arguments = arguments_of(shapes)
+    residuals, _ = random_batch(shapes, seed=3)
+    for tensors in (arguments, [*arguments, *(r.requires_grad_() for r in residuals)]):
+        assert check(lambda *t: Together.apply(normalise, len(shapes), *t), tensors)
+
+
 def test_gradcheck_sees_a_replica_that_is_not_heard():
     """Negative control: the gradients of a mean that forgets a peer in backward."""
 

@@ -15,6 +15,7 @@ from torch.nn.modules._functions import SyncBatchNorm as TorchFunction
 
 import syncbn
 from syncbn import functional
+from syncbn._epilogue import Epilogue, activation_of
 from syncbn._statistics import Running
 from syncbn.comm import run_threads
 from syncbn.kernels import _composed, _select, _torch
@@ -112,19 +113,41 @@ def test_more_values_than_an_int32_counts(emulated: list[str], count: int) -> No
     mean, variance, n = torch.randn(3).double(), torch.rand(3).double() + 0.5, torch.tensor([count]).double()
     total = torch.cat([mean * n, (variance + mean.square()) * n, n])
     weight, sums = torch.randn(3).double(), torch.randn(6).double() * n
-    _, statistics = _torch.normalize(x, total, None, None, 0.0, None)
+    _, statistics = _torch.normalize(x, total, Epilogue(), 0.0, None)
     torch.testing.assert_close(statistics, torch.cat([mean, variance.rsqrt(), n]), rtol=1e-12, atol=0)
     for ours, definition in (
         (
-            _torch.normalize(x, total, weight, None, 0.0, None)[0],
-            _composed.normalize(x, total, weight, None, 0.0, None)[0],
+            _torch.normalize(x, total, Epilogue(weight), 0.0, None)[0],
+            _composed.normalize(x, total, Epilogue(weight), 0.0, None)[0],
         ),
-        (_torch.backward_sums(dy, x, statistics), _composed.backward_sums(dy, x, statistics)),
         (
-            _torch.backward_input(dy, x, statistics, weight, sums),
-            _composed.backward_input(dy, x, statistics, weight, sums),
+            _torch.backward_sums(dy, x, statistics, Epilogue())[0],
+            _composed.backward_sums(dy, x, statistics, Epilogue())[0],
+        ),
+        (
+            _torch.backward_input(dy, x, statistics, Epilogue(weight), sums),
+            _composed.backward_input(dy, x, statistics, Epilogue(weight), sums),
         ),
     ):
+        torch.testing.assert_close(ours, definition, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", nn.LeakyReLU(0.2), "silu", "hardswish"], ids=str)
+def test_activation_and_residual(
+    emulated: list[str], memory_format: str, with_residual: bool, activation: str | nn.Module | None
+) -> None:
+    x, dy, residual = (torch.randn(4, 3, 5, 2).double().to(memory_format=FORMATS[memory_format]) for _ in range(3))
+    weight, bias = torch.randn(3).double(), torch.randn(3).double()
+    epilogue = Epilogue(weight, bias, residual.contiguous() if with_residual else None, activation_of(activation))
+    results = []
+    for kernels in (_torch, _composed):
+        y, statistics = kernels.normalize(x, _composed.moments(x), epilogue, 1e-5, None)
+        sums, dz = kernels.backward_sums(dy.contiguous(), x, statistics, epilogue)
+        dz = dy if dz is None else dz
+        results.append((y, sums, dz, kernels.backward_input(dz, x, statistics, Epilogue(weight), sums)))
+    for ours, definition in zip(*results, strict=True):
         torch.testing.assert_close(ours, definition, rtol=1e-11, atol=1e-11)
 
 
@@ -132,7 +155,7 @@ def test_running_statistics_move(emulated: list[str]) -> None:
     x, theirs = torch.randn(4, 3, 5), nn.BatchNorm1d(3)
     running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0))
     theirs(x)
-    _torch.normalize(x, _torch.moments(x), None, None, 1e-5, running)
+    _torch.normalize(x, _torch.moments(x), Epilogue(), 1e-5, running)
     torch.testing.assert_close(running.mean, theirs.running_mean)
     torch.testing.assert_close(running.var, theirs.running_var)
     assert running.batches is not None

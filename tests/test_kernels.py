@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from syncbn._epilogue import Epilogue, activation_of
 from syncbn._plain import are_plain
 from syncbn._statistics import Running, update_running
 from syncbn.errors import InputError
@@ -136,13 +137,23 @@ def identity(channels):
 
 
 def normalize(kernels, x, total, weight=None, bias=None, eps=EPS):
-    return kernels.normalize(x, total, weight, bias, eps, None)[0]
+    return kernels.normalize(x, total, Epilogue(weight, bias), eps, None)[0]
+
+
+def backward_sums(kernels, dy, x, statistics):
+    sums, dz = kernels.backward_sums(dy, x, statistics, Epilogue())
+    assert dz is None
+    return sums
+
+
+def backward_input(kernels, dy, x, statistics, weight, sums):
+    return kernels.backward_input(dy, x, statistics, Epilogue(weight), sums)
 
 
 class Reference:
     """The four results in float64, by the formulas."""
 
-    def __init__(self, x, dy, weight, bias):
+    def __init__(self, x, dy, weight, bias, residual=None, activation=None):
         self.total = total_of(x)
         s1, s2, self.count = self.total.tensor_split([x.shape[1], 2 * x.shape[1]])
         self.mean = s1 / self.count
@@ -151,12 +162,13 @@ class Reference:
         x, dy = x.double(), dy.double()
         scale = self.invstd if weight is None else self.invstd * weight
         xhat = self.xhat = (x - per_channel(self.mean, x)) * per_channel(self.invstd, x)
-        self.y = xhat * (1 if weight is None else per_channel(weight, x)) + (
-            0 if bias is None else per_channel(bias, x)
-        )
-        self.sums = torch.cat([over_channel(dy), over_channel(dy * xhat)])
+        z = xhat * (1 if weight is None else per_channel(weight, x)) + (0 if bias is None else per_channel(bias, x))
+        z = (z if residual is None else z + residual.double()).requires_grad_()
+        y = z if activation is None else activation(z)
+        self.y, (self.dz,) = y.detach(), torch.autograd.grad(y, z, dy)
+        self.sums = torch.cat([over_channel(self.dz), over_channel(self.dz * xhat)])
         t1, t2 = (self.sums / self.count).chunk(2)
-        self.dx = per_channel(scale, x) * (dy - per_channel(t1, x) - xhat * per_channel(t2, x))
+        self.dx = per_channel(scale, x) * (self.dz - per_channel(t1, x) - xhat * per_channel(t2, x))
 
 
 def sums_within(kernels):
@@ -190,11 +202,90 @@ def test_formulas(kernels, shape, dtype):
         y = normalize(kernels, x, of.total, weight, bias)
         assert y.dtype == dtype
         assert_near(y, of.y, eps * (of.y.abs().max() + 1), ulps)
-        sums = kernels.backward_sums(dy, x, of.statistics)
+        sums = backward_sums(kernels, dy, x, of.statistics)
         assert_near(sums, of.sums, size_of_sums, ulps)
-        dx = kernels.backward_input(dy, x, of.statistics, weight, of.sums)
+        dx = backward_input(kernels, dy, x, of.statistics, weight, of.sums)
         assert dx.dtype == dtype
         assert_near(dx, of.dx, eps * (of.dx.abs().max() + of.invstd.max()), ulps)
+
+
+ACTIVATIONS = [None, nn.ReLU(), nn.LeakyReLU(0.25), nn.LeakyReLU(-2.0), nn.SiLU(), nn.Hardswish()]
+EPILOGUES = [(activation, residual) for activation in ACTIVATIONS for residual in (False, True)][1:]
+
+
+@pytest.mark.parametrize(
+    "shape", [(70, 33), (40, 3, 7), (2, 8, 67), (2, 6, 7, 7), (5, 3, 80, 91), (2, 3, 2, 5, 9)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("activation", "with_residual"), EPILOGUES, ids=str)
+def test_formulas_with_activation_and_residual(kernels, shape, dtype, activation, with_residual):
+    x, dy = random(shape, dtype, mean=0.5), random(shape, dtype, mean=-0.25, seed=1)
+    weight, bias = random(shape[1], torch.float32, seed=2), random(shape[1], torch.float64, seed=3)
+    residual = random(shape, dtype, seed=4) * 2 if with_residual else None
+    of = Reference(x, dy, weight, bias, residual, activation)
+    eps = COMPUTE_EPS[dtype]
+    ulps = 32 if dtype == torch.float64 else 12
+    for layout, layout_of_residual in zip(LAYOUTS, [contiguous, transposed, channels_last, *LAYOUTS[:2]], strict=True):
+        x, dy = layout(x), layout(dy)
+        epilogue = Epilogue(weight, bias, residual, activation_of(activation))
+        if with_residual:
+            epilogue = epilogue._replace(residual=layout_of_residual(residual))
+        y, _ = kernels.normalize(x, of.total, epilogue, EPS, None)
+        assert y.dtype == dtype
+        assert_near(y, of.y, eps * (of.y.abs().max() + 1), ulps)
+        sums, dz = kernels.backward_sums(dy, x, of.statistics, epilogue)
+        sizes = eps * torch.cat([over_channel(of.dz.abs()) + 1, over_channel((of.dz * of.xhat).abs()) + 1])
+        rounding = (
+            torch.finfo(dtype).eps if dz is not None and dtype != torch.float64 else 0
+        )  # the sums are of what is stored
+        slack = rounding * x[:, 0].numel() ** 0.5 * torch.ones_like(sizes)
+        assert ((sums - of.sums).abs() <= ulps * sizes + slack).all()
+        if with_residual and activation is not None:
+            assert dz.dtype == dtype
+            assert dz.stride() == y.stride()
+        if dz is None:
+            dx = kernels.backward_input(dy, x, of.statistics, epilogue._replace(residual=None), of.sums)
+        else:
+            assert_near(dz, of.dz, eps * (of.dz.abs().max() + 1), ulps)
+            dx = kernels.backward_input(dz, x, of.statistics, Epilogue(weight, bias), of.sums)
+        assert dx.dtype == dtype
+        assert dx.stride() == y.stride()
+        tolerance = eps * (of.dx.abs().max() + of.invstd.max()) + (rounding * of.dx.abs().max()) / ulps
+        assert_near(dx, of.dx, tolerance, ulps)
+
+
+EDGES = [0.0, -0.0, 3.0, -3.0, 1e-30, -1e-30, 2.9999998, 88.0, -88.0, 104.0, -104.0, 720.0, -720.0, 1e30, torch.inf]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations_are_torchs_at_their_edges(kernels, activation, dtype):
+    """z is what is read here: mean 0, variance 1, and the edges are the residual of zeros."""
+    z = torch.tensor([*EDGES, torch.nan], dtype=dtype).repeat(5, 1).requires_grad_()  # (5, 16)
+    x, dy = torch.zeros_like(z), torch.full_like(z, 0.5)
+    expected = activation(z)
+    (expected_dz,) = torch.autograd.grad(expected, z, dy)
+    epilogue = Epilogue(None, None, z.detach(), activation_of(activation))
+    total, statistics = identity(16), packed(torch.zeros(16).double(), torch.ones(16).double(), 2)
+    y, _ = kernels.normalize(x, total, epilogue, 0.0, None)
+    _, dz = kernels.backward_sums(dy, x, statistics, epilogue)
+    precision = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-30, "equal_nan": True}
+    torch.testing.assert_close(y, expected.detach(), **precision)
+    at_infinity = len(EDGES) - 1
+    kept = [k for k in range(16) if k != at_infinity or not isinstance(activation, nn.SiLU)]  # inf·0 in the derivative
+    torch.testing.assert_close(dz[:, kept], expected_dz[:, kept], **precision)
+
+
+def test_epilogues_of_empty_tensors(kernels):
+    for shape in [(0, 3), (2, 3, 0, 5)]:
+        x, of = torch.empty(shape), torch.ones(7, dtype=torch.float64)
+        epilogue = Epilogue(None, torch.ones(3), x, activation_of("silu"))
+        y, _ = kernels.normalize(x, torch.zeros(7, dtype=torch.float64), epilogue, EPS, None)
+        sums, dz = kernels.backward_sums(x, x, of, epilogue)
+        assert y.shape == dz.shape == shape
+        assert torch.equal(sums, torch.zeros(6, dtype=torch.float64))
+        sums, _ = kernels.backward_sums(x, x, of, epilogue._replace(residual=None))
+        assert kernels.backward_input(x, x, of, epilogue._replace(residual=None), sums).shape == shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -204,12 +295,12 @@ def test_all_layouts_give_the_same_bits_and_keep_their_memory_format(native, sha
     weight = random(shape[1], torch.float32, seed=2)
     of = Reference(x, dy, weight, None)
     expected_y = normalize(native, x, of.total, weight, None)
-    expected_dx = native.backward_input(dy, x, of.statistics, weight, of.sums)
+    expected_dx = backward_input(native, dy, x, of.statistics, weight, of.sums)
     assert expected_y.is_contiguous()
     for layout in LAYOUTS:
         for layout_of_dy in (contiguous, channels_last, transposed):
             y = normalize(native, layout(x), of.total, weight, None)
-            dx = native.backward_input(layout_of_dy(dy), layout(x), of.statistics, weight, of.sums)
+            dx = backward_input(native, layout_of_dy(dy), layout(x), of.statistics, weight, of.sums)
             assert torch.equal(y, expected_y)
             assert torch.equal(dx, expected_dx)
             innermost_channels = layout in (channels_last, sliced_channels_last)
@@ -224,7 +315,7 @@ def test_broadcast_gradients_as_sum_and_mean_make_them(kernels):
     of = Reference(x, dy, None, None)
     for layout in LAYOUTS:
         assert torch.equal(
-            kernels.backward_sums(dy, layout(x), of.statistics)[:5], torch.full((5,), 42.0, dtype=torch.float64)
+            backward_sums(kernels, dy, layout(x), of.statistics)[:5], torch.full((5,), 42.0, dtype=torch.float64)
         )
 
 
@@ -246,10 +337,10 @@ def test_large_means_do_not_cancel(kernels, dtype, layout, first, shape):
     torch.testing.assert_close(variance, of.invstd**-2 - EPS, rtol=1e-6 if dtype == torch.float32 else 1e-7, atol=0)
     y = normalize(kernels, x, of.total, None, None)
     assert_near(y, of.y, COMPUTE_EPS[dtype] * of.y.abs().max(), 4)
-    sums = kernels.backward_sums(dy, x, of.statistics)
+    sums = backward_sums(kernels, dy, x, of.statistics)
     sizes = torch.cat([over_channel(dy.abs()), over_channel((dy * of.xhat).abs())])
     assert_near(sums, of.sums, COMPUTE_EPS[dtype] * sizes, sums_within(kernels))
-    dx = kernels.backward_input(dy, x, of.statistics, None, of.sums)
+    dx = backward_input(kernels, dy, x, of.statistics, None, of.sums)
     assert_near(dx, of.dx, COMPUTE_EPS[dtype] * (of.dx.abs().max() + of.invstd.max()), 8)
 
 
@@ -266,7 +357,8 @@ def errors(y, dx, dweight, dbias, of):
 )
 @pytest.mark.parametrize("shape", [(4, 32, 24, 31), (16, 64, 7, 7), (2, 64, 7, 7), (256, 64)], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_at_most_twice_the_error_of_nn_batch_norm(kernels, shape, dtype, layout, mean):
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.SiLU()], ids=str)
+def test_at_most_twice_the_error_of_nn_batch_norm(kernels, shape, dtype, layout, mean, activation):
     x, dy = layout(random(shape, dtype, mean=mean)), layout(random(shape, dtype, seed=1))
     theirs = nn.BatchNorm1d(shape[1]) if x.dim() == 2 else nn.BatchNorm2d(shape[1])
     theirs = theirs.to(dtype)
@@ -274,14 +366,16 @@ def test_at_most_twice_the_error_of_nn_batch_norm(kernels, shape, dtype, layout,
         theirs.weight.copy_(random(shape[1], dtype, seed=2))
         theirs.bias.copy_(random(shape[1], dtype, seed=3))
     weight, bias = theirs.weight.detach(), theirs.bias.detach()
-    of = Reference(x, dy, weight, bias)
+    of = Reference(x, dy, weight, bias, activation=activation)
     leaf = x.clone().requires_grad_()
-    theirs_y = theirs(leaf)
+    theirs_y = activation(theirs(leaf))
     theirs_y.backward(dy)
 
-    y, ours = kernels.normalize(x, kernels.moments(x), weight, bias, EPS, None)
-    sums = kernels.backward_sums(dy, x, ours)
-    dx = kernels.backward_input(dy, x, ours, weight, sums)
+    epilogue = Epilogue(weight, bias, None, activation_of(activation))
+    y, ours = kernels.normalize(x, kernels.moments(x), epilogue, EPS, None)
+    sums, dz = kernels.backward_sums(dy, x, ours, epilogue)
+    rest = epilogue if dz is None else epilogue._replace(activation=None)
+    dx = kernels.backward_input(dy if dz is None else dz, x, ours, rest, sums)
     dbias, dweight = sums.to(dtype).chunk(2)
     ours = errors(y, dx, dweight, dbias, of)
     reference = errors(theirs_y, leaf.grad, theirs.weight.grad, theirs.bias.grad, of)
@@ -296,8 +390,8 @@ def test_agrees_with_torch_batch_norm(kernels):
     expected.backward(dy)
     of = Reference(x.detach(), dy, weight.detach(), bias.detach())
     y = normalize(kernels, x.detach(), of.total, weight.detach(), bias.detach())
-    sums = kernels.backward_sums(dy, x.detach(), of.statistics)
-    dx = kernels.backward_input(dy, x.detach(), of.statistics, weight.detach(), sums)
+    sums = backward_sums(kernels, dy, x.detach(), of.statistics)
+    dx = backward_input(kernels, dy, x.detach(), of.statistics, weight.detach(), sums)
     for actual, theirs in [(y, expected), (dx, x.grad), (sums, torch.cat([bias.grad, weight.grad]))]:
         torch.testing.assert_close(actual, theirs.detach(), rtol=1e-12, atol=1e-12)
 
@@ -319,13 +413,13 @@ def test_infinities_and_nans_stay_in_their_channels(kernels, dtype, shape, layou
     total, of = identity(5), packed(torch.zeros(5).double(), torch.ones(5).double(), 1)
     total[3] = of[3] = torch.nan
     x = random(shape, dtype)
-    for y in normalize(kernels, x, total), kernels.backward_input(x, x, of, None, torch.zeros(10).double()):
+    for y in normalize(kernels, x, total), backward_input(kernels, x, x, of, None, torch.zeros(10).double()):
         assert y[:, 3].isnan().all()
         assert y[:, [0, 1, 2, 4]].isfinite().all()
     dy = random(shape, dtype)
     dy[0, 1, ...].view(-1)[0] = torch.nan
     of[3] = 0
-    sums = kernels.backward_sums(layout(dy), layout(x), of).view(2, -1)
+    sums = backward_sums(kernels, layout(dy), layout(x), of).view(2, -1)
     assert sums[:, 1].isnan().all()
     assert sums[:, [0, 2, 3, 4]].isfinite().all()
 
@@ -375,8 +469,9 @@ def test_same_bits_with_any_number_of_threads(threads, dtype, shape, layout):
         results.append([
             compiled.moments(x),
             normalize(compiled, x, total, weight, weight),
-            compiled.backward_sums(dy, x, of),
-            compiled.backward_input(dy, x, of, weight, sums),
+            backward_sums(compiled, dy, x, of),
+            backward_input(compiled, dy, x, of, weight, sums),
+            *compiled.backward_sums(dy, x, of, Epilogue(weight, weight, dy, activation_of("silu"))),
         ])  # fmt: skip
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -390,10 +485,10 @@ def test_results_too_large_for_the_caches(native, layout, threads):
         x, dy = layout(torch.randn(shape)), layout(torch.randn(shape))
         assert x.numel() * 4 >= 1 << 24 > x[:3].numel() * 4
         total, of = identity(shape[1]), torch.full((2 * shape[1] + 1,), 0.5, dtype=torch.float64)
-        y, dx = normalize(native, x, total), native.backward_input(dy, x, of, None, of[:-1])
+        y, dx = normalize(native, x, total), backward_input(native, dy, x, of, None, of[:-1])
         for half in (slice(3), slice(3, 6)):
             assert torch.equal(y[half], normalize(native, x[half], total))
-            assert torch.equal(dx[half], native.backward_input(dy[half], x[half], of, None, of[:-1]))
+            assert torch.equal(dx[half], backward_input(native, dy[half], x[half], of, None, of[:-1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -403,9 +498,11 @@ def test_empty_tensors(kernels, dtype, shape):
     of, zeros = torch.ones(2 * c + 1, dtype=torch.float64), torch.zeros(2 * c, dtype=torch.float64)
     weight = torch.ones(c)
     assert torch.equal(kernels.moments(x), torch.zeros(2 * c + 1, dtype=torch.float64))
-    assert torch.equal(kernels.backward_sums(x, x, of), zeros)
-    y, statistics = kernels.normalize(x, torch.zeros(2 * c + 1, dtype=torch.float64), weight, weight, 0.25, None)
-    assert y.shape == kernels.backward_input(x, x, of, weight, zeros).shape == shape
+    assert torch.equal(backward_sums(kernels, x, x, of), zeros)
+    y, statistics = kernels.normalize(
+        x, torch.zeros(2 * c + 1, dtype=torch.float64), Epilogue(weight, weight), 0.25, None
+    )
+    assert y.shape == backward_input(kernels, x, x, of, weight, zeros).shape == shape
     assert torch.equal(statistics, packed(zeros[:c], zeros[:c] + 2, 0))
 
 
@@ -415,7 +512,7 @@ def test_no_channels(native, shape):
     total, sums = torch.zeros(1, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
     assert native.moments(x).tolist() == [0]
     assert normalize(native, x, total, nothing, nothing).shape == shape
-    assert native.backward_input(x, x, total, nothing, sums).shape == shape
+    assert backward_input(native, x, x, total, nothing, sums).shape == shape
 
 
 def test_parameters_of_any_floating_dtype_and_stride(kernels):
@@ -437,14 +534,14 @@ def test_results_lie_where_the_input_does(kernels):
     x = random((4, 3, 5), torch.float32)
     with torch.device("meta"):
         payload = kernels.moments(x)
-        y, of = kernels.normalize(x, payload, None, None, EPS, None)
-        sums = kernels.backward_sums(x, x, of)
-        dx = kernels.backward_input(x, x, of, None, sums)
+        y, of = kernels.normalize(x, payload, Epilogue(), EPS, None)
+        sums = backward_sums(kernels, x, x, of)
+        dx = backward_input(kernels, x, x, of, None, sums)
     assert all(t.device.type == "cpu" for t in (payload, y, of, sums, dx))
 
 
 def move(kernels, running, x):
-    kernels.normalize(x, kernels.moments(x), None, None, EPS, running)
+    kernels.normalize(x, kernels.moments(x), Epilogue(), EPS, running)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -507,8 +604,13 @@ def test_one_value_moves_what_a_device_cannot_refuse():
     running = Running(torch.ones(1), torch.ones(1), torch.tensor(0), 0.5)
     update_running(running, torch.tensor([3.0, 13.0, 1.0]).double())
     assert [t.tolist() for t in running[:3]] == [[2.0], [2.5], 1]
-    dx = _composed.backward_input(
-        torch.tensor([[2.0]]), torch.zeros(1, 1), torch.tensor([0.0, 1.0, 1.0]).double(), None, torch.tensor([2.0, 0.0])
+    dx = backward_input(
+        _composed,
+        torch.tensor([[2.0]]),
+        torch.zeros(1, 1),
+        torch.tensor([0.0, 1.0, 1.0]).double(),
+        None,
+        torch.tensor([2.0, 0.0]),
     )
     assert dx.tolist() == [[0.0]]
 
@@ -533,18 +635,24 @@ def guarded(numel, dtype=torch.float64):
 
 def arguments():
     """Of each entry, by name, in order; those it writes to come last in WRITTEN."""
-    big, c = {name: guarded(2 * 3 * 67, torch.float32).view(SIZE) for name in ("x", "y", "dy", "dx")}, CHANNELS
+    names, c = ("x", "y", "dy", "dx", "dz", "residual"), CHANNELS
+    big = {name: guarded(2 * 3 * 67, torch.float32).view(SIZE) for name in names}
     of, channel = {"total": guarded(2 * c + 1), "statistics": guarded(2 * c + 1)}, guarded(c, torch.float32)
     running = Running(guarded(c, torch.float32), guarded(c), torch.tensor(0), 0.5)
     return {
         "moments": {"x": big["x"], "payload": guarded(2 * c + 1)},
         "normalize": {
-            "x": big["x"], "y": big["y"], **of, "weight": channel, "bias": channel, "eps": EPS, "running": running,
+            "x": big["x"], "y": big["y"], **of, "weight": channel, "bias": channel, "residual": big["residual"],
+            "activation": activation_of("silu"), "eps": EPS, "running": running,
         },
-        "backward_sums": {"dy": big["dy"], "x": big["x"], "statistics": of["statistics"], "payload": guarded(2 * c)},
+        "backward_sums": {
+            "dy": big["dy"], "x": big["x"], "statistics": of["statistics"], "weight": channel, "bias": channel,
+            "residual": big["residual"], "activation": activation_of("silu"), "payload": guarded(2 * c),
+            "dz": big["dz"],
+        },
         "backward_input": {
             "dy": big["dy"], "x": big["x"], "dx": big["dx"], "statistics": of["statistics"], "weight": channel,
-            "sums": guarded(2 * c),
+            "bias": channel, "residual": None, "activation": activation_of("silu"), "sums": guarded(2 * c),
         },
     }  # fmt: skip
 
@@ -552,14 +660,18 @@ def arguments():
 WRITTEN = {
     "moments": ["payload"],
     "normalize": ["y", "statistics"],
-    "backward_sums": ["payload"],
+    "backward_sums": ["payload", "dz"],
     "backward_input": ["dx"],
 }
-TENSORS = [(entry, name) for entry, named in arguments().items() for name in named if name not in ("eps", "running")]
+TENSORS = [(entry, name) for entry, named in arguments().items() for name in named if torch.is_tensor(named[name])]
 RUNNING = ["running_mean", "running_var", "num_batches_tracked"]
 
 
 def call(entry, named):
+    if "weight" in named:  # in the place of the first of the four
+        epilogue = Epilogue(*(named[name] for name in Epilogue._fields))
+        names = [name for name in named if name not in Epilogue._fields[1:]]
+        named = {name: epilogue if name == "weight" else named[name] for name in names}
     return getattr(_native, entry)(1, *named.values())
 
 
@@ -619,7 +731,7 @@ def test_wrong_lengths_of_buffers(position):
 def test_what_is_no_memory_of_the_cpu_is_refused_by_name(entry, name):
     good = arguments()[entry][name]
     integers = {**arguments()[entry], name: good.long()}
-    with pytest.raises(TypeError, match=f"^{name}: unexpected torch.int64|^{'y|dy|dx'}: unexpected torch.float32"):
+    with pytest.raises(TypeError, match=f"^{name}: unexpected torch.int64|^(y|dy|dx): unexpected torch.float32"):
         call(entry, integers)
     freed = good.clone()
     freed.untyped_storage().resize_(0)
@@ -642,11 +754,28 @@ def test_results_have_dense_memory():
 def test_absent_parameters_are_none_and_nothing_else(native):
     named = arguments()["normalize"]
     named["total"].copy_(identity(3))
-    absent = {**named, "weight": None, "bias": None, "running": None, "eps": 0.0}
+    absent = {**named, **dict.fromkeys(["weight", "bias", "residual", "activation", "running"]), "eps": 0.0}
     call("normalize", absent)
     assert torch.equal(named["y"], named["x"])
     with pytest.raises(ValueError, match=r"^weight: expected 3 values, got 0"):
         call("normalize", {**named, "weight": torch.empty(0)})
+
+
+def test_strange_epilogues_are_refused_by_name():
+    named = arguments()["backward_sums"]
+    unknown = {"activation": ("gelu", 0.0)}, {"activation": (3, 0.0)}, {"activation": ("relu",)}, {"activation": "relu"}
+    for wrong in unknown:
+        with pytest.raises(ValueError, match=r"^activation: "):
+            call("backward_sums", {**named, **wrong})
+    with pytest.raises(TypeError, match="float"):
+        call("backward_sums", {**named, "activation": ("relu", "steep")})
+    with pytest.raises(ValueError, match=r"^dz: expected a tensor"):
+        call("backward_sums", {**named, "dz": None})
+    with pytest.raises(ValueError, match=r"^residual: expected None"):
+        call("backward_input", {**arguments()["backward_input"], "residual": named["x"]})
+    with pytest.raises(ValueError, match=r"^epilogue: expected a tuple of 4"):
+        _native.backward_sums(1, named["dy"], named["x"], named["statistics"], (None, None), named["payload"], None)
+    assert untouched("backward_sums", named)
 
 
 class Wrapper(torch.Tensor):

@@ -74,8 +74,8 @@ def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue
     sum_dy, sum_dy_xhat = (sums / count).chunk(2)
     # The kernel divides by a sum of int32 counts, which would not hold N beyond 2³¹: it gets shares, and a 1.
     return torch.batch_norm_backward_elemt(
-        _like(dy, x), x, mean, invstd, _to(epilogue.weight, dtype), sum_dy.to(dtype), (sum_dy_xhat / exact_invstd).to(dtype),
-        torch.ones(1, dtype=torch.int32, device=x.device),
+        _like(dy, x), x, mean, invstd, _to(epilogue.weight, dtype), sum_dy.to(dtype),
+        (sum_dy_xhat / exact_invstd).to(dtype), torch.ones(1, dtype=torch.int32, device=x.device),
     )  # fmt: skip
 
 
