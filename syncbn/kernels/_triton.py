@@ -22,7 +22,6 @@ from .._statistics import Running, refuse_one_value
 log = logging.getLogger("syncbn")
 
 TILE = 2048  # values
-WARPS = 4  # of a program. With 8, more specialisations spill a few bytes than with 4
 _IDENTITY = (None, 0.0)  # in an activation's place
 _COLUMNS = (4, 16, 64, 256, 1024)  # of a tile: few widths, as each is a compilation
 _ROW_COLUMNS = _COLUMNS[:3]
@@ -137,8 +136,16 @@ def divide(shape: torch.Size, rows: bool) -> Work:
         blocks,
         _ceil(tiles, per),
         (outer, inner, channels, per),
-        {"rows": rows, "lines": lines, "columns": columns, "num_warps": WARPS},
+        {"rows": rows, "lines": lines, "columns": columns, **options("cuda" if torch.version.cuda else "")},
     )
+
+
+def options(backend: str) -> dict[str, int]:
+    """Return what Triton's compiler is told: 256 threads a program, on NVIDIA with as many registers as they need.
+
+    Left alone, ptxas spills a few for the sake of one program more at a time.
+    """
+    return {"num_warps": 8, "maxnreg": 255} if backend == "cuda" else {"num_warps": 4}
 
 
 def _ceil(values: int, size: int) -> int:
