@@ -146,16 +146,6 @@ def test_edges_of_activations(launches, activation):
     torch.testing.assert_close(dx[finite], gradient[finite], equal_nan=True)
 
 
-def test_without_an_activation_no_more_is_read(launches):
-    """NaN in what is not needed is not seen."""
-    x, nothing = random((4, 3, 5), torch.float32), torch.full((3,), torch.nan)
-    residual, of = torch.full_like(x, torch.nan), torch.ones(7).double()
-    sums, _ = _triton.backward_sums(x, x, of, Epilogue(nothing, nothing, residual))
-    assert torch.equal(sums, _triton.backward_sums(x, x, of, Epilogue())[0])
-    dx = _triton.backward_input(x, x, of, Epilogue(None, nothing), sums)
-    assert torch.equal(dx, _triton.backward_input(x, x, of, Epilogue(), sums))
-
-
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("first", [0.0, 1e4, -1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -555,6 +545,7 @@ from syncbn._statistics import Running
 from syncbn.kernels import _triton
 
 triton.runtime.driver.set_active(Driver())
+torch.version.cuda = "12.8"  # as the driver says: what is compiled for CUDA alone is then given, too
 _triton.refuse_one_value = lambda total: None
 x, total, kept = torch.randn(8, 16, 4, 4), torch.ones(33).double(), torch.zeros(16)
 for weight, momentum, batches, mean in itertools.product(

@@ -66,7 +66,7 @@ def _share(program, outer, inner, channels, per, rows: tl.constexpr, lines: tl.c
 
 @triton.jit
 def _affine(mean, invstd, weight, bias, channel, channels, wide: tl.constexpr):
-    """Return p, scale and shift of weight·x̂ + bias = (x - p)·scale + shift: p is the mean in `wide`; float64."""
+    """Return p, scale and shift of weight·x̂ + bias = (x - p)·scale + shift: the mean in `wide`, and float64."""
     exists = channel < channels
     pivot, scale = mean.to(wide), invstd
     if weight is not None:
