@@ -38,6 +38,8 @@ from triton.compiler import ASTSource
 from syncbn.kernels import _triton
 from syncbn.kernels import _triton_code as code
 
+KERNELS = ("moments", "normalize", "backward_sums", "backward_input")
+PLANES, ROWS = (False, 1024), (True, 64)  # the tiles of large tensors
 DTYPES = ("fp32", "fp64", "bf16", "fp16")
 WARPS = {"cuda": 32, "hip": 64}
 MOVES = ("number", "tensor", "average", "not tracked")
@@ -69,10 +71,6 @@ class Specialisation(NamedTuple):
             f"{self.kernel:14} {self.x:4} {tile:15} {self.parameters if has_weight else '-':4} {running:18} "
             f"{epilogue:19} {layout:13}"
         )
-
-
-KERNELS = ("moments", "normalize", "backward_sums", "backward_input")
-PLANES, ROWS = (False, 1024), (True, 64)  # the tiles of large tensors
 
 
 def specialisations(quick: bool) -> Iterator[Specialisation]:
@@ -139,11 +137,8 @@ def compiled(of: Specialisation, target: GPUTarget, **options: Any) -> Any:
     if of.rows and not of.wide:  # as a 1 is compiled in
         signature["inner"], constants[(names.index("inner"),)] = "constexpr", 1
     sized = ("channels",) if of.rows else ("inner",)
-    multiples = (
-        [name for name in ("x", "y", "dy", "dx", "residual", "dz", *sized) if types.get(name) and name in names]
-        if of.aligned
-        else []
-    )
+    vectors = ("x", "y", "dy", "dx", "residual", "dz", *sized) if of.aligned else ()
+    multiples = [name for name in vectors if signature.get(name, "constexpr") != "constexpr"]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
     options = {**_triton.options(target.backend), **options}
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
