@@ -4,7 +4,7 @@
 
 For syncbn with its Triton kernels, syncbn with PyTorch's CUDA operations, and torch.nn.SyncBatchNorm's own autograd
 function: launches per direction, and microseconds of host time for a forward and backward. Affine, running statistics,
-float32, (8, 64, 14, 14).
+float32, (8, 64, 14, 14). Alone, and with relu: in syncbn its activation, else torch's relu behind the norm.
 
 A launch is a dispatched operation that is no view, no allocation and no collective (copies and fills count), one of
 PyTorch's batch_norm_* CUDA operations, or a launch of a Triton kernel. The tensors lie on the CPU and hold nothing of
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import statistics
 import time
@@ -40,9 +41,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from syncbn import _autograd
+from syncbn._epilogue import Activation, Epilogue
 from syncbn._statistics import Running
 from syncbn.kernels import _select, _torch, _triton
 
+Step = Callable[[Tensor, nn.BatchNorm2d], Tensor]
 SHAPE, EPS, MOMENTUM = (8, 64, 14, 14), 1e-5, 0.1
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
@@ -152,19 +155,21 @@ def kernels(chosen: Any) -> Iterator[None]:
         yield
 
 
-def ours(x: Tensor, layer: nn.BatchNorm2d) -> Tensor:
+def ours(activation: Activation | None, x: Tensor, layer: nn.BatchNorm2d) -> Tensor:
     running = Running(layer.running_mean, layer.running_var, layer.num_batches_tracked, MOMENTUM)
-    return _autograd.sync_batch_norm(x, layer.weight, layer.bias, running, EPS, Peerless())
+    epilogue = Epilogue(layer.weight, layer.bias, None, activation)
+    return _autograd.sync_batch_norm(x, epilogue, running, EPS, Peerless())
 
 
-def torchs(x: Tensor, layer: nn.BatchNorm2d) -> Tensor:
+def torchs(activation: Activation | None, x: Tensor, layer: nn.BatchNorm2d) -> Tensor:
     layer.num_batches_tracked.add_(1)  # as torch.nn.SyncBatchNorm.forward does
-    return TorchFunction.apply(
+    y = TorchFunction.apply(
         x, layer.weight, layer.bias, layer.running_mean, layer.running_var, EPS, MOMENTUM, dist.group.WORLD, 2
     )
+    return y if activation is None else activation(y)
 
 
-def count(step: Callable[[Tensor, nn.BatchNorm2d], Tensor]) -> tuple[list[str], list[str]]:
+def count(step: Step) -> tuple[list[str], list[str]]:
     """Return the launches of a forward and of the backward of what it returns."""
     x, layer, dy = torch.randn(SHAPE, requires_grad=True), nn.BatchNorm2d(SHAPE[1]), torch.randn(SHAPE)
     inputs = (x, layer.weight, layer.bias)
@@ -180,7 +185,7 @@ def count(step: Callable[[Tensor, nn.BatchNorm2d], Tensor]) -> tuple[list[str], 
     return found[0], found[1]
 
 
-def host_time(step: Callable[[Tensor, nn.BatchNorm2d], Tensor], repeat: int) -> float:
+def host_time(step: Step, repeat: int) -> float:
     """Return microseconds of a forward and backward, the median."""
     x, layer, dy = torch.randn(SHAPE, requires_grad=True), nn.BatchNorm2d(SHAPE[1]), torch.randn(SHAPE)
     inputs = (x, layer.weight, layer.bias)
@@ -200,16 +205,19 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     triton.runtime.driver.set_active(Driver())
-    print(f"{'':34} forward  backward  host, us")
-    for name, chosen, step in (
+    print(f"{'':38} forward  backward  host, us")
+    rows = (
         ("syncbn, Triton", _triton, ours),
         ("syncbn, PyTorch's operations", _torch, ours),
         ("torch.nn.SyncBatchNorm", _torch, torchs),
-    ):
+    )
+    for activation, (name, chosen, norm) in itertools.product((None, Activation("relu")), rows):
+        step = functools.partial(norm, activation)
         with cuda_operations(), kernels(chosen):
             forward, backward = count(step)
             microseconds = host_time(step, arguments.repeat)
-        print(f"{name:34} {len(forward):7}  {len(backward):8}  {microseconds:8.0f}")
+        title = f"{name} with {activation}" if activation else name
+        print(f"{title:38} {len(forward):7}  {len(backward):8}  {microseconds:8.0f}")
         if arguments.names:
             for direction in (forward, backward):
                 print("   ", ", ".join(f"{n} {times}" for n, times in Counter(direction).items()))

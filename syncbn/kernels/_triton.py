@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._epilogue import Epilogue
 from .._plain import are_plain
 from .._statistics import Running, refuse_one_value
 
 log = logging.getLogger("syncbn")
 
 TILE = 2048  # values
-WARPS = 4  # of a program. With 8, more specialisations spill a few bytes than with 4
+_IDENTITY = (None, 0.0)  # in an activation's place
 _COLUMNS = (4, 16, 64, 256, 1024)  # of a tile: few widths, as each is a compilation
 _ROW_COLUMNS = _COLUMNS[:3]
 _PROGRAMS = 1024  # enough to fill a large GPU. Not its size, on which then the bits would depend
@@ -49,12 +50,13 @@ def moments(x: Tensor) -> Tensor:
 
 
 def normalize(
-    x: Tensor, total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, running: Running | None
+    x: Tensor, total: Tensor, epilogue: Epilogue, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor]:
     """Return y and `[mean, 1/√(σ²+ε), N]`; move the running statistics."""
     refuse_one_value(total)
     x, work = _dense(x)
     y, statistics = torch.empty_like(x), x.new_empty(total.shape, dtype=torch.float64)
+    activation, slope = epilogue.activation or _IDENTITY
     mean, var, batches, momentum = running or Running(None, None)
     average = momentum is None and batches is not None
     if momentum is None and not average:  # no count: no average
@@ -67,37 +69,45 @@ def normalize(
         torch.autograd.graph.increment_version(moved)
     with _on_device_of(x):
         _code().normalize[(1 + work.blocks * work.splits,)](
-            x, y, total.contiguous(), _packed(weight), _packed(bias), statistics, mean, var, batches, momentum_at,
-            float(momentum or 0), eps, 0 if mean is None else mean.stride(0), 0 if var is None else var.stride(0),
-            *work.sizes, average=average, **work.tile,
+            x, y, _like(epilogue.residual, x), total.contiguous(), _packed(epilogue.weight), _packed(epilogue.bias),
+            statistics, mean, var, batches, momentum_at, float(slope), float(momentum or 0), eps,
+            0 if mean is None else mean.stride(0), 0 if var is None else var.stride(0), *work.sizes,
+            activation=activation, average=average, **work.tile,
         )  # fmt: skip
     return y, statistics
 
 
-def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
-    """Return `[Σdy, Σdy·x̂]`."""
+def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor | None]:
+    """Return `[Σdz, Σdz·x̂]`, and dz if there are a residual and an activation."""
+    if epilogue.activation is None:
+        epilogue = Epilogue()  # nobody asks for z
+    x, work = _dense(x)
+    activation, slope = epilogue.activation or _IDENTITY
+    dz = None if epilogue.residual is None else torch.empty_like(x)
     length = 2 * x.shape[1]
     if x.numel() == 0:
-        return x.new_zeros(length, dtype=torch.float64)
-    x, work = _dense(x)
+        return x.new_zeros(length, dtype=torch.float64), dz
     payload = x.new_empty(length, dtype=torch.float64)
     with _on_device_of(x):
         _code().backward_sums[(work.blocks * work.splits,)](
-            _like(dy, x), x, statistics.contiguous(), _partial(x, work), _tickets(x, work), payload,
-            *work.sizes, work.splits, **work.tile,
+            _like(dy, x), x, _like(epilogue.residual, x), dz, statistics.contiguous(), _packed(epilogue.weight),
+            _packed(epilogue.bias), _partial(x, work), _tickets(x, work), payload, float(slope), *work.sizes,
+            work.splits, activation=activation, **work.tile,
         )  # fmt: skip
-    return payload
+    return payload, dz
 
 
-def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
-    """Return weight/√(σ²+ε)·(dy - T1/N - x̂·T2/N)."""
+def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue, sums: Tensor) -> Tensor:
+    """Return weight/√(σ²+ε)·(dz - T1/N - x̂·T2/N)."""
     x, work = _dense(x)
     dx = torch.empty_like(x)
+    activation, slope = epilogue.activation or _IDENTITY
+    bias = None if epilogue.activation is None else epilogue.bias
     if x.numel():
         with _on_device_of(x):
             _code().backward_input[(work.blocks * work.splits,)](
-                _like(dy, x), x, dx, statistics.contiguous(), _packed(weight), sums.contiguous(), *work.sizes,
-                **work.tile,
+                _like(dy, x), x, dx, statistics.contiguous(), _packed(epilogue.weight), _packed(bias),
+                sums.contiguous(), float(slope), *work.sizes, activation=activation, **work.tile,
             )  # fmt: skip
     return dx
 
@@ -126,8 +136,16 @@ def divide(shape: torch.Size, rows: bool) -> Work:
         blocks,
         _ceil(tiles, per),
         (outer, inner, channels, per),
-        {"rows": rows, "lines": lines, "columns": columns, "num_warps": WARPS},
+        {"rows": rows, "lines": lines, "columns": columns, **options("cuda" if torch.version.cuda else "")},
     )
+
+
+def options(backend: str) -> dict[str, int]:
+    """Return what Triton's compiler is told: 256 threads a program, on NVIDIA with as many registers as they need.
+
+    Left alone, ptxas spills a few for the sake of one program more at a time.
+    """
+    return {"num_warps": 8, "maxnreg": 255} if backend == "cuda" else {"num_warps": 4}
 
 
 def _ceil(values: int, size: int) -> int:
@@ -190,9 +208,9 @@ def _dense(x: Tensor) -> tuple[Tensor, Work]:
     return _dense(x.contiguous())
 
 
-def _like(dy: Tensor, x: Tensor) -> Tensor:
-    """Return `dy` in the memory layout of the dense `x`."""
-    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+def _like(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return a tensor in the memory layout of the dense `x`."""
+    return tensor if tensor is None or tensor.stride() == x.stride() else torch.empty_like(x).copy_(tensor)
 
 
 def _packed(vector: Tensor | None) -> Tensor | None:

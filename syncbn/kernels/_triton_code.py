@@ -55,9 +55,64 @@ def _tiles(outer, inner, rows: tl.constexpr, lines: tl.constexpr, columns: tl.co
 
 
 @triton.jit
-def _blocks(channels, rows: tl.constexpr, columns: tl.constexpr):
-    """Return how many blocks of channels there are."""
-    return tl.cdiv(channels, columns) if rows else channels
+def _share(program, outer, inner, channels, per, rows: tl.constexpr, lines: tl.constexpr, columns: tl.constexpr):
+    """Return a program's block of channels, which of the block's splits it is, its first tile and the end, in int64."""
+    blocks = tl.cdiv(channels, columns) if rows else channels
+    program = program.to(tl.int64)
+    block, split = program % blocks, program // blocks
+    start = split * per
+    return block, split, start, tl.minimum(start + per, _tiles(outer, inner, rows, lines, columns))
+
+
+@triton.jit
+def _affine(mean, invstd, weight, bias, channel, channels, wide: tl.constexpr):
+    """Return p, scale and shift of weight·x̂ + bias = (x - p)·scale + shift: the mean in `wide`, and float64."""
+    exists = channel < channels
+    pivot, scale = mean.to(wide), invstd
+    if weight is not None:
+        scale *= tl.load(weight + channel, exists, 0.0).to(tl.float64)
+    shift = (pivot.to(tl.float64) - mean) * scale
+    if bias is not None:
+        shift += tl.load(bias + channel, exists, 0.0).to(tl.float64)
+    return pivot, scale, shift
+
+
+@triton.jit
+def _argument(d, scale, shift, residual, offsets, inside):
+    """Return z = d·scale + shift + residual, where d = x - p."""
+    z = d * scale.to(d.dtype) + shift.to(d.dtype)
+    if residual is not None:
+        z += tl.load(residual + offsets, inside, 0.0).to(d.dtype)
+    return z
+
+
+@triton.jit
+def _value(z, slope, activation: tl.constexpr):
+    """Return activation(z), as torch defines it."""
+    if activation == "relu":
+        z = tl.where(z <= 0, 0.0, z)  # NaN stays NaN
+    elif activation == "leaky_relu":
+        z = tl.where(z > 0, z, z * tl.full([], slope, z.dtype))
+    elif activation == "silu":
+        z = z / (1.0 + tl.exp(-z))
+    elif activation == "hardswish":
+        z = z * tl.minimum(tl.maximum(z + 3, 0.0), 6.0) * (1 / 6)
+    return z
+
+
+@triton.jit
+def _gradient(dy, z, slope, activation: tl.constexpr):
+    """Return dz = dy·activation'(z), as torch defines it."""
+    if activation == "relu":
+        dy = tl.where(z <= 0, 0.0, dy)
+    elif activation == "leaky_relu":
+        dy = tl.where(z > 0, dy, dy * tl.full([], slope, z.dtype))
+    elif activation == "silu":
+        s = 1.0 / (1.0 + tl.exp(-z))
+        dy = dy * s * (1.0 + z * (1.0 - s))
+    elif activation == "hardswish":
+        dy = tl.where(z <= -3, 0.0, tl.where(z >= 3, dy, dy * (z * (1 / 3) + 0.5)))
+    return dy
 
 
 @triton.jit
@@ -107,11 +162,7 @@ def moments(
 ):  # fmt: skip
     """Write `[Σx, Σx², n]`; a program's pivot is the mean of its first tile, per channel."""
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    blocks = _blocks(channels, rows, columns)
-    program = tl.program_id(0).to(tl.int64)
-    block, split = program % blocks, program // blocks
-    start = split * per
-    end = tl.minimum(start + per, _tiles(outer, inner, rows, lines, columns))
+    block, split, start, end = _share(tl.program_id(0), outer, inner, channels, per, rows, lines, columns)
 
     offsets, inside, count = _place(start, block, outer, inner, channels, rows, lines, columns)
     values = tl.load(x + offsets, inside, 0.0).to(wide)
@@ -136,30 +187,30 @@ def moments(
 
 @triton.jit(
     do_not_specialize=["outer", "per", "splits"],
-    do_not_specialize_on_alignment=["statistics", "partial", "tickets", "payload"],
+    do_not_specialize_on_alignment=["statistics", "weight", "bias", "partial", "tickets", "payload"],
 )
 def backward_sums(
-    dy, x, statistics, partial, tickets, payload, outer, inner, channels, per, splits,
-    rows: tl.constexpr, lines: tl.constexpr, columns: tl.constexpr,
+    dy, x, residual, dz, statistics, weight, bias, partial, tickets, payload, slope: tl.float64,
+    outer, inner, channels, per, splits,
+    activation: tl.constexpr, rows: tl.constexpr, lines: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Write `[Σdy, Σdy·x̂]`; the pivot is the mean, rounded."""
+    """Write `[Σdz, Σdz·x̂]` and, unless it is None, dz; the pivot is the mean, rounded."""
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    blocks = _blocks(channels, rows, columns)
-    program = tl.program_id(0).to(tl.int64)
-    block, split = program % blocks, program // blocks
-    start = split * per
-    end = tl.minimum(start + per, _tiles(outer, inner, rows, lines, columns))
+    block, split, start, end = _share(tl.program_id(0), outer, inner, channels, per, rows, lines, columns)
 
     channel = _channel(block, rows, columns)
     mean = tl.load(statistics + channel, channel < channels, 0.0)
     invstd = tl.load(statistics + channels + channel, channel < channels, 0.0)
-    pivot = mean.to(wide)
+    pivot, scale, shift = _affine(mean, invstd, weight, bias, channel, channels, wide)
     t1 = tl.zeros([lines, columns], wide)
     t2 = tl.zeros([lines, columns], wide)
     for number in range(start, end):
         offsets, inside, _ = _place(number, block, outer, inner, channels, rows, lines, columns)
         g = tl.load(dy + offsets, inside, 0.0).to(wide)
         d = tl.where(inside, tl.load(x + offsets, inside, 0.0).to(wide) - pivot, 0.0)
+        g = _gradient(g, _argument(d, scale, shift, residual, offsets, inside), slope, activation)
+        if dz is not None:
+            tl.store(dz + offsets, g.to(dz.dtype.element_ty), inside)
         t1 += g
         t2 += g * d
 
@@ -231,72 +282,58 @@ def _settle(
     ],
 )  # fmt: skip
 def normalize(
-    x, y, total, weight, bias, statistics, running_mean, running_var, batches, momentum_at,
-    momentum: tl.float64, eps: tl.float64,
+    x, y, residual, total, weight, bias, statistics, running_mean, running_var, batches, momentum_at,
+    slope: tl.float64, momentum: tl.float64, eps: tl.float64,
     mean_stride, var_stride, outer, inner, channels, per,
-    average: tl.constexpr, rows: tl.constexpr, lines: tl.constexpr, columns: tl.constexpr,
+    activation: tl.constexpr, average: tl.constexpr, rows: tl.constexpr, lines: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Write y = (x - p)·scale + shift. The first program does what `_settle` says instead."""
+    """Write y = activation((x - p)·scale + shift + residual). The first program does what `_settle` says instead."""
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    blocks = _blocks(channels, rows, columns)
-    program = tl.program_id(0).to(tl.int64) - 1
+    program = tl.program_id(0) - 1
     if program < 0:
         _settle(
             total, statistics, running_mean, running_var, batches, momentum_at, momentum, eps,
             mean_stride, var_stride, channels, average,
         )  # fmt: skip
     else:
-        block, split = program % blocks, program // blocks
-        start = split * per
-        end = tl.minimum(start + per, _tiles(outer, inner, rows, lines, columns))
+        block, _, start, end = _share(program, outer, inner, channels, per, rows, lines, columns)
         channel = _channel(block, rows, columns)
         mean, variance = _moments_of(total, channel, channels)
-        scale = 1.0 / tl.sqrt(variance + eps)
-        if weight is not None:
-            scale *= tl.load(weight + channel, channel < channels, 0.0).to(tl.float64)
-        pivot = mean.to(wide)
-        shift = (pivot.to(tl.float64) - mean) * scale
-        if bias is not None:
-            shift += tl.load(bias + channel, channel < channels, 0.0).to(tl.float64)
-        scale, shift = scale.to(wide), shift.to(wide)
+        pivot, scale, shift = _affine(mean, 1.0 / tl.sqrt(variance + eps), weight, bias, channel, channels, wide)
         for number in range(start, end):
             offsets, inside, _ = _place(number, block, outer, inner, channels, rows, lines, columns)
-            values = tl.load(x + offsets, inside, 0.0).to(wide)
-            tl.store(y + offsets, ((values - pivot) * scale + shift).to(y.dtype.element_ty), inside)
+            d = tl.load(x + offsets, inside, 0.0).to(wide) - pivot
+            z = _argument(d, scale, shift, residual, offsets, inside)
+            tl.store(y + offsets, _value(z, slope, activation).to(y.dtype.element_ty), inside)
 
 
 @triton.jit(
     do_not_specialize=["outer", "per"],
-    do_not_specialize_on_alignment=["statistics", "weight", "sums"],
+    do_not_specialize_on_alignment=["statistics", "weight", "bias", "sums"],
 )
 def backward_input(
-    dy, x, dx, statistics, weight, sums, outer, inner, channels, per,
-    rows: tl.constexpr, lines: tl.constexpr, columns: tl.constexpr,
+    dy, x, dx, statistics, weight, bias, sums, slope: tl.float64, outer, inner, channels, per,
+    activation: tl.constexpr, rows: tl.constexpr, lines: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Write dx = (dy - p_dy)·dy_scale + (x - p)·scale + shift."""
+    """Write dx = (dz - p_dz)·dz_scale + (x - p)·x_scale + x_shift."""
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    blocks = _blocks(channels, rows, columns)
-    program = tl.program_id(0).to(tl.int64)
-    block, split = program % blocks, program // blocks
-    start = split * per
-    end = tl.minimum(start + per, _tiles(outer, inner, rows, lines, columns))
+    block, _, start, end = _share(tl.program_id(0), outer, inner, channels, per, rows, lines, columns)
 
     channel = _channel(block, rows, columns)
     exists = channel < channels
     n = tl.load(statistics + 2 * channels)
     n = tl.where(n < 1, 1.0, n)
     mean, invstd = tl.load(statistics + channel, exists, 0.0), tl.load(statistics + channels + channel, exists, 0.0)
-    mean_dy = tl.load(sums + channel, exists, 0.0) / n
-    mean_dy_xhat = tl.load(sums + channels + channel, exists, 0.0) / n
-    dy_scale = invstd
-    if weight is not None:
-        dy_scale *= tl.load(weight + channel, exists, 0.0).to(tl.float64)
-    scale = -dy_scale * invstd * mean_dy_xhat
-    pivot, dy_pivot = mean.to(wide), mean_dy.to(wide)
-    shift = (pivot.to(tl.float64) - mean) * scale + (dy_pivot.to(tl.float64) - mean_dy) * dy_scale
-    dy_scale, scale, shift = dy_scale.to(wide), scale.to(wide), shift.to(wide)
+    mean_dz = tl.load(sums + channel, exists, 0.0) / n
+    mean_dz_xhat = tl.load(sums + channels + channel, exists, 0.0) / n
+    pivot, dz_scale, shift = _affine(mean, invstd, weight, bias, channel, channels, wide)
+    x_scale = -dz_scale * invstd * mean_dz_xhat
+    dz_pivot = mean_dz.to(wide)
+    x_shift = (pivot.to(tl.float64) - mean) * x_scale + (dz_pivot.to(tl.float64) - mean_dz) * dz_scale
     for number in range(start, end):
         offsets, inside, _ = _place(number, block, outer, inner, channels, rows, lines, columns)
-        g, values = tl.load(dy + offsets, inside, 0.0).to(wide), tl.load(x + offsets, inside, 0.0).to(wide)
-        result = (g - dy_pivot) * dy_scale + (values - pivot) * scale + shift
+        g = tl.load(dy + offsets, inside, 0.0).to(wide)
+        d = tl.load(x + offsets, inside, 0.0).to(wide) - pivot
+        g = _gradient(g, _argument(d, dz_scale, shift, None, offsets, inside), slope, activation) - dz_pivot
+        result = g * dz_scale.to(wide) + d * x_scale.to(wide) + x_shift.to(wide)
         tl.store(dx + offsets, result.to(dx.dtype.element_ty), inside)
