@@ -96,7 +96,8 @@ struct Silu {
   private:
     template <class V, class A>
     static INLINE V sigmoid(V z) {
-        return 1 / (1 + exponential<A>(-z));
+        const V s = 1 / (1 + exponential<A>(-z));
+        return z < -Format<A>::LIMIT ? V{} : s;  // times z it is 0, however large that is
     }
 };
 
@@ -110,8 +111,8 @@ struct Hardswish {
     }
     template <class V, class A>
     static INLINE V gradient(V dy, V z, A) {
-        const V slope = z <= -3 ? V{} : z * (A(1) / 3) + A(0.5);
-        return z >= 3 ? dy : dy * slope;
+        const V between = dy * (z * (A(1) / 3) + A(0.5));
+        return z <= -3 ? V{} : z >= 3 ? dy : between;
     }
 };
 

@@ -255,7 +255,7 @@ void backward_sums(int threads, nb::handle dy_, nb::handle x_, nb::handle statis
     for (int64_t c = 0; c < C; c++) t2[c] = (t2[c] + (t.rounded(mean[c]) - mean[c]) * t1[c]) * invstd[c];
 }
 
-// dx = dz_scale·(dz - q) + x_scale·(x - p) + x_shift with q next to the mean of dz: nothing cancels.
+// dx = scale·(dz - q) + x_scale·(x - p) + x_shift with q next to the mean of dz: nothing cancels.
 void backward_input(int threads, nb::handle dy_, nb::handle x_, nb::handle dx_, nb::handle statistics_,
                     nb::handle epilogue_, nb::handle sums_) {
     const Values x("x", x_), dy("dy", dy_, x), dx("dx", dx_, x);
@@ -271,9 +271,8 @@ void backward_input(int threads, nb::handle dy_, nb::handle x_, nb::handle dx_, 
     const auto coefficients = t.coefficients(COEFFICIENTS, [&](int64_t c, double *k, auto rounded) {
         affine(k, mean[c], invstd[c], epilogue.weight[c], epilogue.bias[c], rounded);
         k[DZ_PIVOT] = rounded(t1[c] / n);
-        k[DZ_SCALE] = k[SCALE];
-        k[X_SCALE] = -k[DZ_SCALE] * invstd[c] * t2[c] / n;
-        k[X_SHIFT] = (k[PIVOT] - mean[c]) * k[X_SCALE] + (k[DZ_PIVOT] - t1[c] / n) * k[DZ_SCALE];
+        k[X_SCALE] = -k[SCALE] * invstd[c] * t2[c] / n;
+        k[X_SHIFT] = (k[PIVOT] - mean[c]) * k[X_SCALE] + (k[DZ_PIVOT] - t1[c] / n) * k[SCALE];
     });
     t.elementwise(loops[x.dtype].backward_input[epilogue.activation], coefficients.data());
 }

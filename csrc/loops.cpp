@@ -265,7 +265,7 @@ inline INLINE void map(const Job &job, int64_t at, int64_t stride, int64_t n, co
         else
             result = F::gradient(read((const T *)job.dy + at, n), z, slope);
         if constexpr (RESULT == DX)
-            result = k[DZ_SCALE] * (result - k[DZ_PIVOT]) + k[X_SCALE] * d + k[X_SHIFT];
+            result = k[SCALE] * (result - k[DZ_PIVOT]) + k[X_SCALE] * d + k[X_SHIFT];
         write((T *)job.out + at, result, n, job.streaming);
     }
 }

@@ -11,8 +11,8 @@
 //   normalize       out = f(z)
 //   gradient        out = dz = dy·f'(z)
 //   backward_sums   Σdz and Σdz·(x - pivot); no residual
-//   backward_input  out = dz_scale·(dz - dz_pivot) + x_scale·(x - pivot) + x_shift; no residual
-enum Coefficient { PIVOT, SCALE, SHIFT, DZ_PIVOT, DZ_SCALE, X_SCALE, X_SHIFT, COEFFICIENTS };
+//   backward_input  out = scale·(dz - dz_pivot) + x_scale·(x - pivot) + x_shift; no residual
+enum Coefficient { PIVOT, SCALE, SHIFT, DZ_PIVOT, X_SCALE, X_SHIFT, COEFFICIENTS };
 
 enum Activation { IDENTITY, RELU, LEAKY_RELU, SILU, HARDSWISH, ACTIVATIONS };
 

@@ -111,7 +111,8 @@ def differentiable_backward(
 
 def _rest(epilogue: Epilogue, dz: Tensor | None) -> Epilogue:
     """Return what `backward_input` needs of the epilogue, whose activation is done where dz is there."""
-    return epilogue._replace(residual=None, activation=epilogue.activation if dz is None else None)
+    weight, bias, _, activation = epilogue
+    return Epilogue(weight, bias, None, activation if dz is None else None)
 
 
 class _AllReduce(torch.autograd.Function):

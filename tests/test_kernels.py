@@ -210,11 +210,11 @@ def test_formulas(kernels, shape, dtype):
 
 
 ACTIVATIONS = [None, nn.ReLU(), nn.LeakyReLU(0.25), nn.LeakyReLU(-2.0), nn.SiLU(), nn.Hardswish()]
-EPILOGUES = [(activation, residual) for activation in ACTIVATIONS for residual in (False, True)][1:]
+EPILOGUES = [*((activation, True) for activation in ACTIVATIONS), *((a, False) for a in (nn.ReLU(), nn.SiLU()))]
 
 
 @pytest.mark.parametrize(
-    "shape", [(70, 33), (40, 3, 7), (2, 8, 67), (2, 6, 7, 7), (5, 3, 80, 91), (2, 3, 2, 5, 9)], ids=str
+    "shape", [(70, 33), (40, 3, 7), (2, 8, 67), (2, 6, 7, 7), (3, 3, 80, 91), (2, 3, 2, 5, 9)], ids=str
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("activation", "with_residual"), EPILOGUES, ids=str)
@@ -225,7 +225,7 @@ def test_formulas_with_activation_and_residual(kernels, shape, dtype, activation
     of = Reference(x, dy, weight, bias, residual, activation)
     eps = COMPUTE_EPS[dtype]
     ulps = 32 if dtype == torch.float64 else 12
-    for layout, layout_of_residual in zip(LAYOUTS, [contiguous, transposed, channels_last, *LAYOUTS[:2]], strict=True):
+    for layout, layout_of_residual in (contiguous, transposed), (channels_last, contiguous), (sliced, channels_last):
         x, dy = layout(x), layout(dy)
         epilogue = Epilogue(weight, bias, residual, activation_of(activation))
         if with_residual:
@@ -254,25 +254,26 @@ def test_formulas_with_activation_and_residual(kernels, shape, dtype, activation
         assert_near(dx, of.dx, tolerance, ulps)
 
 
-EDGES = [0.0, -0.0, 3.0, -3.0, 1e-30, -1e-30, 2.9999998, 88.0, -88.0, 104.0, -104.0, 720.0, -720.0, 1e30, torch.inf]
+EDGES = [0.0, -0.0, 3.0, -3.0, 1e-30, -1e-30, 88.0, -88.0, 104.0, -104.0, 720.0, -720.0, 1e38, -1e38, torch.inf]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_activations_are_torchs_at_their_edges(kernels, activation, dtype):
     """z is what is read here: mean 0, variance 1, and the edges are the residual of zeros."""
-    z = torch.tensor([*EDGES, torch.nan], dtype=dtype).repeat(5, 1).requires_grad_()  # (5, 16)
+    z = torch.tensor([*EDGES, torch.nan], dtype=dtype).repeat(5, 1).requires_grad_()
     x, dy = torch.zeros_like(z), torch.full_like(z, 0.5)
     expected = activation(z)
     (expected_dz,) = torch.autograd.grad(expected, z, dy)
     epilogue = Epilogue(None, None, z.detach(), activation_of(activation))
-    total, statistics = identity(16), packed(torch.zeros(16).double(), torch.ones(16).double(), 2)
+    c = z.shape[1]
+    total, statistics = identity(c), packed(torch.zeros(c).double(), torch.ones(c).double(), 2)
     y, _ = kernels.normalize(x, total, epilogue, 0.0, None)
     _, dz = kernels.backward_sums(dy, x, statistics, epilogue)
     precision = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-30, "equal_nan": True}
     torch.testing.assert_close(y, expected.detach(), **precision)
     at_infinity = len(EDGES) - 1
-    kept = [k for k in range(16) if k != at_infinity or not isinstance(activation, nn.SiLU)]  # inf·0 in the derivative
+    kept = [k for k in range(c) if k != at_infinity or not isinstance(activation, nn.SiLU)]  # inf·0 in the derivative
     torch.testing.assert_close(dz[:, kept], expected_dz[:, kept], **precision)
 
 
@@ -351,13 +352,17 @@ def errors(y, dx, dweight, dbias, of):
     return [(actual.double() - expected).square().mean().sqrt().item() for actual, expected in pairs]
 
 
-# Not float64 with a mean: Σx² in float64 loses (mean/std)² units, which float32 never sees.
 @pytest.mark.parametrize(
-    ("dtype", "mean"), [*((dtype, 0) for dtype in DTYPES), *((d, 10) for d in DTYPES if d != torch.float64)]
+    ("dtype", "mean", "activation"),
+    [
+        *((dtype, 0, activation) for dtype in DTYPES for activation in (nn.Identity(), nn.ReLU(), nn.SiLU())),
+        # Not float64 with a mean: Σx² in float64 loses (mean/std)² units, which float32 never sees.
+        *((dtype, 10, nn.Identity()) for dtype in DTYPES if dtype != torch.float64),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("shape", [(4, 32, 24, 31), (16, 64, 7, 7), (2, 64, 7, 7), (256, 64)], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.SiLU()], ids=str)
 def test_at_most_twice_the_error_of_nn_batch_norm(kernels, shape, dtype, layout, mean, activation):
     x, dy = layout(random(shape, dtype, mean=mean)), layout(random(shape, dtype, seed=1))
     theirs = nn.BatchNorm1d(shape[1]) if x.dim() == 2 else nn.BatchNorm2d(shape[1])
@@ -767,7 +772,7 @@ def test_strange_epilogues_are_refused_by_name():
     for wrong in unknown:
         with pytest.raises(ValueError, match=r"^activation: "):
             call("backward_sums", {**named, **wrong})
-    with pytest.raises(TypeError, match="float"):
+    with pytest.raises(TypeError, match="real number"):
         call("backward_sums", {**named, "activation": ("relu", "steep")})
     with pytest.raises(ValueError, match=r"^dz: expected a tensor"):
         call("backward_sums", {**named, "dz": None})

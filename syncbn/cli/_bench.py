@@ -62,23 +62,6 @@ CASES = (
     Case(SMALL),
 )
 
-# (what, at most): the project's own bars, for 2 ranks of one thread. "one rank": each by itself, without peers.
-BARS = {
-    "large contiguous / nn.BatchNorm2d": 0.75,
-    "large channels_last / nn.BatchNorm2d": 0.85,
-    "large contiguous / (floor + collectives)": 1.3,
-    "(2, 2048, 7, 7) contiguous, one rank / nn.BatchNorm2d": 1.0,
-    "(8, 32, 32, 32) contiguous, one rank / nn.BatchNorm2d": 1.0,
-    "(8, 32, 32, 32) channels_last, one rank / nn.BatchNorm2d": 1.0,
-    "small layer, one rank / nn.BatchNorm2d": 1.5,
-    "small layer / one Gloo all-reduce": 0.3,
-    "large bfloat16 / float32": 0.8,
-    "large float16 / float32": 0.8,
-    "ResNet step, sync / local": 1.02,
-    "large norm + ReLU, compiled / eager": 1.2,
-    "small norm + ReLU, compiled / eager": 2.0,
-}
-
 
 def add_command(commands: Any) -> None:
     """Add `bench` to the command line."""
@@ -88,12 +71,17 @@ def add_command(commands: Any) -> None:
         description="Times the layer against nn.BatchNorm2d, the composed path, the streaming floor and the bare "
         "collectives. Start it alone or with launch/bench.sh.",
     )
-    parser.add_argument("--repeats", type=int, default=30, help="interleaved runs of each variant")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for bench.json and bench.png")
+    add_arguments(parser)
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `run`."""
+    parser.add_argument("--repeats", type=int, default=30, help="interleaved runs of each variant")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for bench.json and bench.png")
+
+
+def run(arguments: argparse.Namespace) -> Record:
     """Measure everything; rank 0 prints, writes and draws."""
     try:
         from . import _report
@@ -104,18 +92,19 @@ def run(arguments: argparse.Namespace) -> None:
         "machine": machine(comm),
         "latency": latency(comm, arguments.repeats),
         "layer": [layer(case, comm, arguments.repeats) for case in CASES],
+        "fused": [fused(case, comm, arguments.repeats, added=added) for case in CASES[:2] for added in (False, True)],
         "compiled": [compiled(Case(shape), comm, arguments.repeats) for shape in (LARGE, SMALL)],
         "resnet": resnet(comm, arguments.repeats),
         "saved": saved_for_backward(),
         "errors": [errors(dtype, layout) for dtype in ("float32", "bfloat16", "float16") for layout in FORMATS],
     }
-    results["bars"] = bars(results)
     if comm.rank == 0:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "bench.json").write_text(json.dumps(results, indent=1))
         _report.show(results)
         _report.draw(results, arguments.output / "bench.png")
         print(f"written: {arguments.output / 'bench.json'}, {arguments.output / 'bench.png'}")
+    return results
 
 
 def machine(comm: Communicator) -> Record:
@@ -171,7 +160,7 @@ def layer(case: Case, comm: Communicator, repeats: int) -> Record:
         native = nn.SyncBatchNorm(case.shape[1], device=device())
         variants["nn.SyncBatchNorm"] = lambda: forward_backward(native, x, dy)
     if case.dtype == "float32":
-        variants["floor"] = _streaming_floor(x.detach(), dy)
+        variants["floor"] = _streaming_floor(x.detach(), dy, None)
     times = interleaved(variants, comm, repeats)
     with_floor = "floor" in times
     return {
@@ -185,10 +174,43 @@ def layer(case: Case, comm: Communicator, repeats: int) -> Record:
     }
 
 
-def forward_backward(module: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> None:
-    """One forward and one backward down to the input."""
+def fused(case: Case, comm: Communicator, repeats: int, *, added: bool) -> Record:
+    """Time norm + ReLU, or norm + addition + ReLU, in the norm's own passes and one by one, forward and backward."""
+    x, dy, channels = case.random().requires_grad_(), case.random(), case.shape[1]
+    residual = case.random().requires_grad_() if added else None
+    plain = nn.BatchNorm2d(channels, device=device())
+    sync = syncbn.SyncBatchNorm(channels, device=device(), activation="relu")
+    alone = syncbn.SyncBatchNorm(channels, process_group=SingleProcess(), device=device(), activation="relu")
+
+    def one_by_one(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = plain(x)
+        return torch.relu_(y if residual is None else y.add_(residual))
+
+    variants = {
+        "syncbn": lambda: forward_backward(sync, x, dy, residual),
+        "one rank": lambda: forward_backward(alone, x, dy, residual),
+        "nn.BatchNorm2d + nn.ReLU": lambda: forward_backward(one_by_one, x, dy, residual),
+        "floor": _streaming_floor(x.detach(), dy, None if residual is None else residual.detach()),
+        "collectives": lambda: _bare_collectives(comm, channels),
+    }
+    times = interleaved(variants, comm, repeats)
+    return {
+        "case": f"{case}{' with addition' if added else ''}",
+        "seconds": {name: median(t) for name, t in times.items()},
+        "to_unfused": paired_ratio(times["syncbn"], times["nn.BatchNorm2d + nn.ReLU"]),
+        "one_rank_to_unfused": paired_ratio(times["one rank"], times["nn.BatchNorm2d + nn.ReLU"]),
+        "to_floor": _to_floor(times),
+    }
+
+
+def forward_backward(module: Callable[..., Tensor], x: Tensor, dy: Tensor, residual: Tensor | None = None) -> None:
+    """One forward and one backward down to the input, and to the residual."""
     x.grad = None
-    module(x).backward(dy)  # type: ignore[no-untyped-call]
+    if residual is None:
+        module(x).backward(dy)  # type: ignore[no-untyped-call]
+    else:
+        residual.grad = None
+        module(x, residual).backward(dy)  # type: ignore[no-untyped-call]
 
 
 def _composed(module: nn.Module, x: Tensor, dy: Tensor) -> None:
@@ -201,8 +223,11 @@ def _bare_collectives(comm: Communicator, channels: int) -> None:
         comm.all_reduce(torch.zeros(numel, dtype=torch.float64, device=device()))
 
 
-def _streaming_floor(x: Tensor, dy: Tensor) -> Callable[[], None]:
-    """The memory traffic that forward and backward cannot avoid: read, copy, two-read dot, two-read-one-write add."""
+def _streaming_floor(x: Tensor, dy: Tensor, residual: Tensor | None) -> Callable[[], None]:
+    """The memory traffic that forward and backward cannot avoid: read, copy, two-read dot, two-read-one-write add.
+
+    With a residual it is read as well, and its gradient written.
+    """
     a, b = (t.as_strided((t.numel(),), (1,)) for t in (x, dy))
 
     def floor() -> None:
@@ -211,7 +236,17 @@ def _streaming_floor(x: Tensor, dy: Tensor) -> Callable[[], None]:
         torch.dot(a, b)  # the backward sums: read x and dy
         torch.add(a, b)  # the input gradient: read x and dy, write dx
 
-    return floor
+    if residual is None:
+        return floor
+    c = residual.as_strided((residual.numel(),), (1,))
+
+    def floor_with_residual() -> None:
+        torch.dot(a, a)
+        torch.add(a, c)  # read x and the residual, write y
+        torch.addcmul(a, b, c)  # read x, dy and the residual, write its gradient
+        torch.add(a, b)
+
+    return floor_with_residual
 
 
 def _to_floor(times: dict[str, list[float]]) -> float:
@@ -222,7 +257,7 @@ def _to_floor(times: dict[str, list[float]]) -> float:
 def compiled(case: Case, comm: Communicator, repeats: int) -> Record:
     """Time norm + ReLU, forward and backward, under torch.compile and in eager; not where inductor has no compiler."""
     if device() == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        return {"case": str(case), "seconds": {}, "to_eager": None}
+        return {"case": str(case), "seconds": {}, "to_eager": None, "fused_to_eager": None}
     torch.compiler.reset()  # another shape in the same code would be compiled for any shape
     x, dy = case.random().requires_grad_(), case.random()
     ours, theirs = (
@@ -233,7 +268,10 @@ def compiled(case: Case, comm: Communicator, repeats: int) -> Record:
     graph, their_graph = (torch.compile(copy.deepcopy(pair), fullgraph=True) for pair in (ours, theirs))
     forward_backward(graph, x, dy)  # compiles; what a second run may compile again is left to the run to warm up
     forward_backward(their_graph, x, dy)
+    one = torch.compile(syncbn.SyncBatchNorm(case.shape[1], device=device(), activation="relu"), fullgraph=True)
+    forward_backward(one, x, dy)
     variants = {
+        "fused, compiled": lambda: forward_backward(one, x, dy),
         "compiled": lambda: forward_backward(graph, x, dy),
         "eager": lambda: forward_backward(ours, x, dy),
         "nn.BatchNorm2d compiled": lambda: forward_backward(their_graph, x, dy),
@@ -244,6 +282,7 @@ def compiled(case: Case, comm: Communicator, repeats: int) -> Record:
         "case": str(case),
         "seconds": {name: median(t) for name, t in times.items()},
         "to_eager": paired_ratio(times["compiled"], times["eager"]),
+        "fused_to_eager": paired_ratio(times["fused, compiled"], times["eager"]),
         "to_eager_of_batch_norm": paired_ratio(times["nn.BatchNorm2d compiled"], times["nn.BatchNorm2d eager"]),
         "to_batch_norm": paired_ratio(times["compiled"], times["nn.BatchNorm2d compiled"]),
     }
@@ -251,7 +290,13 @@ def compiled(case: Case, comm: Communicator, repeats: int) -> Record:
 
 def saved_for_backward() -> Record:
     """Count the numbers that each layer keeps for backward beside its input and parameters, at (2, 64, 8, 8)."""
-    layers = {"nn.BatchNorm2d": nn.BatchNorm2d(64, device="cpu"), "syncbn": syncbn.SyncBatchNorm(64, device="cpu")}
+    norm, activated = syncbn.SyncBatchNorm(64, device="cpu"), syncbn.SyncBatchNorm(64, device="cpu", activation="relu")
+    layers = {
+        "nn.BatchNorm2d": nn.BatchNorm2d(64, device="cpu"),
+        "syncbn": norm,
+        "nn.BatchNorm2d + nn.ReLU": nn.Sequential(nn.BatchNorm2d(64, device="cpu"), nn.ReLU()),
+        "syncbn with activation": activated,
+    }
     return {**{name: _saved(layer) for name, layer in layers.items()}, "2C": 128}
 
 
@@ -295,30 +340,3 @@ def _outcome(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     buffers = {name: b for name, b in module.named_buffers() if name.startswith("running")}
     assert x.grad is not None
     return {"y": y.detach(), "dx": x.grad, **grads, **buffers}
-
-
-def bars(results: Record) -> list[Record]:
-    """Set the measured ratios beside the project's bars; those that need two ranks only where they are."""
-    layers: dict[str, Record] = {row["case"]: row for row in results["layer"]}
-
-    def row(shape: tuple[int, int, int, int], memory_format: str = "contiguous", dtype: str = "float32") -> Record:
-        return layers[str(Case(shape, memory_format, dtype))]
-
-    large, wide_last = row(LARGE), row(WIDE, "channels_last")
-    in_large, in_small = (measured["to_eager"] for measured in results["compiled"])
-    measured = {
-        "large contiguous / nn.BatchNorm2d": large["to_batch_norm"],
-        "large channels_last / nn.BatchNorm2d": row(LARGE, "channels_last")["to_batch_norm"],
-        "large contiguous / (floor + collectives)": large["to_floor"],
-        "(2, 2048, 7, 7) contiguous, one rank / nn.BatchNorm2d": row(DEEP)["one_rank_to_batch_norm"],
-        "(8, 32, 32, 32) contiguous, one rank / nn.BatchNorm2d": row(WIDE)["one_rank_to_batch_norm"],
-        "(8, 32, 32, 32) channels_last, one rank / nn.BatchNorm2d": wide_last["one_rank_to_batch_norm"],
-        "small layer, one rank / nn.BatchNorm2d": row(SMALL)["one_rank_to_batch_norm"],
-        "small layer / one Gloo all-reduce": row(SMALL)["to_backend"],
-        "large bfloat16 / float32": paired_ratio(row(LARGE, dtype="bfloat16")["times"], large["times"]),
-        "large float16 / float32": paired_ratio(row(LARGE, dtype="float16")["times"], large["times"]),
-        "ResNet step, sync / local": results["resnet"]["sync_to_local"],
-        "large norm + ReLU, compiled / eager": in_large,
-        "small norm + ReLU, compiled / eager": in_small,
-    }
-    return [{"bar": name, "at_most": BARS[name], "measured": value} for name, value in measured.items()]

@@ -27,10 +27,10 @@ def show(results: Record) -> None:
     for table in (
         _latency(results["latency"]),
         _layers(results["layer"]),
+        _fused(results["fused"]),
         _compiled(results["compiled"]),
         _resnet(results),
         _errors(results["errors"]),
-        _bars(results["bars"]),
     ):
         console.print(table)
 
@@ -64,10 +64,26 @@ def _layers(rows: list[Record]) -> Table:
     return table
 
 
+def _fused(rows: list[Record]) -> Table:
+    names = ("nn.BatchNorm2d + nn.ReLU", "floor", "one rank", "syncbn")
+    ratios = {
+        "one rank / unfused": "one_rank_to_unfused",
+        "syncbn / unfused": "to_unfused",
+        "/ (floor + sums)": "to_floor",
+    }
+    table = _table("Forward + backward of norm + ReLU in one, ms", "input", *names, *ratios)
+    for row in rows:
+        table.add_row(row["case"], *(_ms(row["seconds"][n]) for n in names), *(_ratio(row[n]) for n in ratios.values()))
+    return table
+
+
 def _compiled(rows: list[Record]) -> Table:
-    names = ("compiled", "eager", "nn.BatchNorm2d compiled", "nn.BatchNorm2d eager")
-    ratios = ("to_eager", "to_eager_of_batch_norm", "to_batch_norm")
-    columns = (*names, "compiled / eager", "the same of nn.BatchNorm2d", "compiled / nn.BatchNorm2d compiled")
+    names = ("fused, compiled", "compiled", "eager", "nn.BatchNorm2d compiled", "nn.BatchNorm2d eager")
+    ratios = ("fused_to_eager", "to_eager", "to_eager_of_batch_norm", "to_batch_norm")
+    columns = (
+        *names, "fused, compiled / eager", "compiled / eager", "the same of nn.BatchNorm2d",
+        "compiled / nn.BatchNorm2d compiled",
+    )  # fmt: skip
     table = _table("Forward + backward of norm + ReLU under torch.compile, ms", "input", *columns)
     for row in rows:
         table.add_row(row["case"], *(_ms(row["seconds"].get(n)) for n in names), *(_ratio(row.get(n)) for n in ratios))
@@ -80,6 +96,7 @@ def _resnet(results: Record) -> Table:
     for name, seconds in resnet["seconds"].items():
         table.add_row(f"{name} norm, ms", _ms(seconds))
     table.add_row("sync / local", _ratio(resnet["sync_to_local"]))
+    table.add_row("fused / local", _ratio(resnet["fused_to_local"]))
     for name, count in saved.items():
         table.add_row(f"kept at C = 64: {name}", str(count))
     return table
@@ -92,15 +109,6 @@ def _errors(rows: list[Record]) -> Table:
     for row in rows:
         ratios = [_ratio(row["syncbn"][n] / row["nn.BatchNorm2d"][n]) for n in names]
         table.add_row(f"{row['dtype']} {row['memory_format']}", *ratios)
-    return table
-
-
-def _bars(rows: list[Record]) -> Table:
-    table = _table("The bars (for 2 ranks of one thread)", "what", "at most", "measured", "")
-    for row in rows:
-        measured = row["measured"]
-        verdict = "not measured" if measured is None else "ok" if measured <= row["at_most"] else "missed"
-        table.add_row(row["bar"], _ratio(row["at_most"]), _ratio(measured), verdict)
     return table
 
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncbn import SyncBatchNorm
-from syncbn._compiled import native
 from syncbn._launcher import Launch, detect
 from syncbn.comm import Communicator
 from syncbn.errors import LaunchError, SyncBatchNormError
+from syncbn.kernels import kernels_for
 
 from ._comparison import Row, error_of, over_ranks
 from ._job import Deadline, end, join, plural, table
@@ -53,14 +53,15 @@ QUANTITIES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: dtype of x, y and their gradients; layout; samples by rank."""
+    """One comparison: dtype of x, y and their gradients; layout; samples by rank; whether a SiLU is fused."""
 
     dtype: str
     layout: str
     shares: str
+    silu: bool = False
 
     def __str__(self) -> str:
-        return f"{self.dtype} {self.layout} {self.shares}"
+        return f"{self.dtype} {self.layout} {self.shares}{' + silu' if self.silu else ''}"
 
     def parameter_dtype(self) -> str:
         """Half precision comes with float32 parameters and buffers."""
@@ -142,8 +143,10 @@ def verify_layer(comm: Communicator, device: str) -> list[Row]:
     """Compare the layer in every case, and the control in one. Every rank returns the same."""
     shares = SHARES if comm.size > 1 else ["equal"]
     rows: list[Row] = []
-    for case in itertools.starmap(Case, itertools.product(DTYPES, LAYOUTS, shares)):
+    plain = itertools.starmap(Case, itertools.product(DTYPES, LAYOUTS, shares))
+    for case in itertools.chain(plain, (Case(dtype, "contiguous", "equal", silu=True) for dtype in DTYPES)):
         sync = SyncBatchNorm(CHANNELS, EPS, MOMENTUM, process_group=comm, device=device)
+        sync.activation = "silu" if case.silu else None
         rows += _compare(case, sync, comm, device)
     if comm.size > 1:
         local = nn.BatchNorm2d(CHANNELS, EPS, MOMENTUM, device=device)
@@ -154,7 +157,7 @@ def verify_layer(comm: Communicator, device: str) -> list[Row]:
 
 def _compare(case: Case, layer: nn.Module, comm: Communicator, device: str) -> Iterator[Row]:
     xs, gs, weight, bias = _data(case, comm.size)
-    expected = _whole_batch(xs, gs, weight, bias, comm.rank)
+    expected = _whole_batch(xs, gs, weight, bias, comm.rank, silu=case.silu)
     x, g = (_placed(part[comm.rank], case, device) for part in (xs, gs))
     ours = _step(layer.to(DTYPES[case.parameter_dtype()][0]), x, g, weight, bias, comm)
     for name, value in expected.items():
@@ -181,13 +184,14 @@ def _placed(x: Tensor, case: Case, device: str) -> Tensor:
 
 
 def _whole_batch(
-    xs: Sequence[Tensor], gs: Sequence[Tensor], weight: Tensor, bias: Tensor, rank: int
+    xs: Sequence[Tensor], gs: Sequence[Tensor], weight: Tensor, bias: Tensor, rank: int, *, silu: bool
 ) -> dict[str, Tensor]:
     """Return what must come out on `rank`."""
     x = torch.cat(list(xs)).requires_grad_()
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     mean, var = x.new_zeros(CHANNELS), x.new_ones(CHANNELS)
     y = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=MOMENTUM, eps=EPS)
+    y = F.silu(y) if silu else y
     dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), torch.cat(list(gs)))
     start = sum(len(part) for part in xs[:rank])
     mine = slice(start, start + len(xs[rank]))
@@ -213,8 +217,8 @@ def _step(layer: Any, x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, comm: 
 
 
 def _print(rows: Sequence[Row], arguments: argparse.Namespace, launch: Launch, comm: Communicator, device: str) -> None:
-    composed = os.environ.get("SYNCBN_KERNELS") == "composed" or (device == "cpu" and native is None)
-    path = "composed path" if composed else "compiled kernels"
+    kernels = kernels_for(torch.empty(1, 1, device=device)).__name__.rpartition("._")[2]
+    path = f"{'compiled' if kernels == 'cpu' else kernels} kernels"
     world = {"launcher": launch.launcher, "ranks": comm.size, "world": type(comm).__name__, "device": device}
     if arguments.json:
         print(
