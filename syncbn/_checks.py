@@ -11,7 +11,6 @@ from ._compiled import native
 from ._epilogue import Epilogue
 from .errors import DTypeError, InputError
 
-
 _NO_EPILOGUE = Epilogue()
 
 
@@ -54,8 +53,8 @@ def check(
     if residual is not None:
         if residual.shape != shape:
             raise InputError(
-                f"expected residual of the input's shape {tuple(shape)}, got {tuple(residual.shape)}: expand it, or add "
-                "it to the norm's output"
+                f"expected residual of the input's shape {tuple(shape)}, got {tuple(residual.shape)}: expand it, or "
+                "add it to the norm's output"
             )
         _check_kind("residual", residual)
         if residual.dtype != input.dtype:
@@ -82,7 +81,9 @@ def _check_kind(name: str, tensor: Tensor) -> None:
 
 def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
     if tensor.device != input.device:
-        raise InputError(f"expected {name} on {input.device}, where the input is, got {tensor.device}: move one of them")
+        raise InputError(
+            f"expected {name} on {input.device}, where the input is, got {tensor.device}: move one of them"
+        )
 
 
 def is_traced(tensor: Tensor) -> bool:

@@ -53,7 +53,9 @@ _FUNCTIONS = {
     "leaky_relu": _Function(
         nn.LeakyReLU, 0.01, F.leaky_relu, lambda dy, z, slope: _aten.leaky_relu_backward(dy, z, slope, False)
     ),
-    "silu": _Function(nn.SiLU, 0.0, lambda z, _, inplace: F.silu(z, inplace), lambda dy, z, _: _aten.silu_backward(dy, z)),
+    "silu": _Function(
+        nn.SiLU, 0.0, lambda z, _, inplace: F.silu(z, inplace), lambda dy, z, _: _aten.silu_backward(dy, z)
+    ),
     "hardswish": _Function(
         nn.Hardswish,
         0.0,

@@ -49,7 +49,9 @@ class Synchronised(_BatchNorm):
         """Normalise `input` (N, C, *), add `residual`, of its shape and dtype, and apply the activation."""
         if isinstance(input, Proxy):  # torch.fx: the layer is a leaf, as those of torch.nn are
             path = input.tracer.path_of_module(self)
-            return input.tracer.create_proxy("call_module", path, (input,) if residual is None else (input, residual), {})
+            return input.tracer.create_proxy(
+                "call_module", path, (input,) if residual is None else (input, residual), {}
+            )
         self._check_input_dim(input)
         epilogue = Epilogue(self.weight, self.bias, residual, self._activation)
         tracked = not self.training or self.track_running_stats  # the condition of nn.BatchNorm
@@ -77,7 +79,7 @@ class Synchronised(_BatchNorm):
                 "an exported program has no replicas, its statistics in training would be those of one process: "
                 "revert_sync_batchnorm(model) first if that is what you want, or export in eval mode"
             )
-        return super().forward(input)
+        return _BatchNorm.forward(self, input)  # super's may be timm's, which activates
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Called by torch.jit.script."""
