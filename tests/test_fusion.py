@@ -210,7 +210,7 @@ OBSTACLES = {
     "a norm with its own forward": put("0.1", lambda: Doubling(4)),
     "a norm that activates": put("0.1", lambda: SyncBatchNorm(4, activation="silu")),
     "a Sequential with its own forward": put("0", lambda: Skipping(nn.Conv2d(3, 4, 1), SyncBatchNorm(4))),
-    "a Sequential with its own order": put("0", lambda: Backwards(SyncBatchNorm(3), nn.Conv2d(3, 4, 1))),
+    "a Sequential with its own order": put("0", lambda: Backwards(nn.Conv2d(3, 4, 1), SyncBatchNorm(3))),
     "its Sequential is another module": put("0", lambda: nn.ModuleList([nn.Conv2d(3, 4, 1), SyncBatchNorm(4)])),
 }
 
@@ -231,6 +231,17 @@ def test_what_might_change_is_left_as_it_is(obstacle):
 def test_a_norm_before_a_sequential_in_two_places():
     inner = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1))
     assert fuse_activations(nn.Sequential(SyncBatchNorm(4), inner, SyncBatchNorm(4), inner)) == []
+
+
+@pytest.mark.parametrize("kind", [Skipping, Backwards])
+def test_an_outer_sequential_that_does_something_else(kind):
+    assert fuse_activations(kind(SyncBatchNorm(4), nn.ReLU())) == []
+
+
+def test_an_outer_sequential_whose_forward_was_replaced():
+    model = nn.Sequential(SyncBatchNorm(4), nn.ReLU())
+    model.forward = lambda x: model[0](x).exp()
+    assert fuse_activations(model) == []
 
 
 # That nothing else changes
@@ -437,9 +448,10 @@ def test_revert_gives_back_the_activation_of_layers_that_were_made_as_ours():
 
 
 def test_the_mode_of_the_activation_is_that_of_its_place():
-    model = fused(varied())
-    model.eval()
-    assert not revert_sync_batchnorm(model)[7].training
+    model = fused(varied().eval())
+    assert not model[12].training
+    model[12].train()
+    assert revert_sync_batchnorm(model)[12].training
 
 
 HINDRANCES = {
@@ -480,6 +492,22 @@ def test_half_of_a_fusion_is_not_reverted():
 
 
 # torchvision's ResNets
+
+
+class BasicBlock(nn.Module):
+    """Another library's, of the same name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.bn1, self.bn2, self.relu, self.downsample = SyncBatchNorm(4), SyncBatchNorm(4), nn.ReLU(), None
+
+    def forward(self, x):
+        return self.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))) + x)
+
+
+def test_a_block_of_another_library():
+    assert fuse_activations(BasicBlock()) == []
 
 
 def resnet(block="BasicBlock", *, stride=1):
@@ -533,6 +561,12 @@ def test_a_block_alone():
     assert [fusion.activation for fusion in fuse_activations(revert_sync_batchnorm(block))] == []
     convert_sync_batchnorm(block)
     assert [fusion[:2] for fusion in fuse_activations(block)] == [("bn1", "relu"), ("bn2", "relu")]
+
+
+def test_the_report_is_in_the_order_of_the_model():
+    model = nn.ModuleList([resnet().layer1[0], nn.Sequential(SyncBatchNorm(4), nn.ReLU())])
+    report = fuse_activations(convert_sync_batchnorm(model))
+    assert [fusion.norm for fusion in report] == ["0.bn1", "0.bn2", "1.0"]
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
