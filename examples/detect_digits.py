@@ -100,6 +100,7 @@ def new_training(args: argparse.Namespace, device: torch.device) -> Training:
     model = Detector(norm=args.norm != "none").to(device, getattr(torch, args.dtype))
     if args.norm == "sync":
         syncbn.convert_sync_batchnorm(model)
+        syncbn.fuse_activations(model)
     syncbn.broadcast_parameters(model)
     return Training(model, torch.optim.AdamW(model.parameters(), lr=args.lr))
 

@@ -11,6 +11,7 @@ from . import errors as errors
 from . import functional as functional
 from ._convert import convert_sync_batchnorm as convert_sync_batchnorm
 from ._convert import revert_sync_batchnorm as revert_sync_batchnorm
+from ._fusion import fuse_activations as fuse_activations
 from ._launcher import init as init
 from ._layer import SyncBatchNorm as SyncBatchNorm
 from ._parallel import average_gradients as average_gradients

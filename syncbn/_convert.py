@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from ._epilogue import NAMES, Activation, known_activation
+from ._fusion import fused_norms, is_bare, undo_fusions
+from ._generated import Generated
 from ._layer import SyncBatchNorm, Synchronised
 from .comm._groups import Group, ProcessGroup, check_spec
 from .errors import ConversionError
@@ -25,6 +28,9 @@ def convert_sync_batchnorm(module: M, process_group: ProcessGroup = None) -> M:
     it, `isinstance(layer, nn.BatchNorm2d)` stays true. `revert_sync_batchnorm` undoes it. Converting twice is
     converting once. Other modules (InstanceNorm, GroupNorm) are not touched. Issues no collective.
 
+    timm's BatchNormAct2d is taken with its activation, if that is one which `SyncBatchNorm` can apply: the layer goes
+    by its `act`, also if that is replaced later. `fuse_activations` does the like for other models.
+
     An nn.SyncBatchNorm keeps its own process group where `process_group` is None. It is no longer an
     `nn.SyncBatchNorm` then, so that DDP takes it on a CPU too.
 
@@ -36,8 +42,8 @@ def convert_sync_batchnorm(module: M, process_group: ProcessGroup = None) -> M:
         `module` itself.
 
     Raises:
-        ConversionError: a norm layer is lazy, or has a forward of its own, or the model is wrapped already. Nothing has
-            been changed then.
+        ConversionError: a norm layer is lazy, has a forward of its own, or is a BatchNormAct2d with another activation
+            or with dropout, or the model is wrapped already. Nothing has been changed then.
         GroupError: `process_group` is not a group.
 
     Example:
@@ -74,14 +80,15 @@ def _refuse_wrapped(module: nn.Module) -> None:
 def revert_sync_batchnorm(module: M) -> M:
     """Give every converted layer in `module` its original class back, in place: the inverse of the conversion.
 
-    Parameters, buffers and everything else stay. Layers that were made as `SyncBatchNorm` have no original class and
-    stay as they are. Issues no collective.
+    What `fuse_activations` did is undone as well. Parameters, buffers and everything else stay. Layers that were made
+    as `SyncBatchNorm` have no original class and stay what they are. Issues no collective.
 
     Returns:
         `module` itself.
 
     Raises:
-        ConversionError: a layer's class was changed after its conversion (by a parametrization, by FSDP2). Nothing has
+        ConversionError: a layer's class was changed after its conversion (by a parametrization, by FSDP2), a layer was
+            given an activation that its original class cannot apply, or what was fused was changed since. Nothing has
             been changed then.
 
     Example:
@@ -89,6 +96,7 @@ def revert_sync_batchnorm(module: M) -> M:
         >>> revert_sync_batchnorm(convert_sync_batchnorm(nn.BatchNorm1d(4)))
         BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
+    fused = fused_norms(module)
     converted: list[Any] = [m for m in module.modules() if isinstance(m, _Converted)]
     for layer in converted:
         if "_original_class" not in vars(type(layer)):
@@ -96,28 +104,24 @@ def revert_sync_batchnorm(module: M) -> M:
                 f"{type(layer).__name__} was made from a converted layer: undo that first (remove the parametrization, "
                 "unwrap the model), then revert"
             )
+        if layer._activation is not None and layer not in fused and type(layer)._activation is None:
+            raise ConversionError(
+                f"{type(layer).__name__} applies {layer._activation}, which {layer._original_class.__name__} cannot: "
+                "set activation=None, and apply it behind the layer"
+            )
+    undo_fusions(module)
     for layer in converted:
         original, group = layer._original_class, layer.__dict__.pop("_original_group")
         del layer._group
+        layer.__dict__.pop("_activation", None)
         layer.__class__ = original
         if original is nn.SyncBatchNorm:
             layer.process_group = group.spec
     return module
 
 
-class _Converted:
-    """Marks the generated classes, and makes their instances pickle: by the original class, which can be imported."""
-
-    _original_class: Any
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state: Any = object.__reduce_ex__(self, protocol)[2:]
-        return _new, (self._original_class,), *state
-
-
-def _new(original: Any) -> nn.Module:
-    cls = _synchronised(original)
-    return cls.__new__(cls)  # type: ignore[no-any-return]
+class _Converted(Generated):
+    """Marks the generated classes."""
 
 
 def _class_for(layer: Any) -> Any:
@@ -132,6 +136,13 @@ def _class_for(layer: Any) -> Any:
             f"{type(layer).__name__} has a `process_group` of its own, which would be lost: rename it"
         )
     original: Any = type(layer)
+    if _has_forward_of_timm(original):
+        _activation_of(layer)
+        if not (is_bare(layer.act) and is_bare(layer.drop)):
+            raise ConversionError(
+                f"`act` or `drop` of this {original.__name__} has hooks, or a forward put on the object, which would "
+                "not be called: take them off first"
+            )
     if not parametrize.is_parametrized(layer):
         return _synchronised(original)
     # torch gave the layer a class of its own, and goes back to its first base when the parametrization is removed.
@@ -148,7 +159,8 @@ def _synchronised(original: Any) -> Any:
         raise ConversionError(f"{name} has no shape yet: run one batch through the model first, then convert")
     if issubclass(original, nn.SyncBatchNorm) and original is not nn.SyncBatchNorm:
         raise ConversionError(f"{name} derives from nn.SyncBatchNorm: let it derive from syncbn.SyncBatchNorm")
-    if original.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+    activates = _has_forward_of_timm(original)
+    if not activates and original.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         raise ConversionError(
             f"{name} has a forward of its own, which would be lost: convert the other submodules one by one, or let it "
             "derive from syncbn.SyncBatchNorm"
@@ -157,13 +169,48 @@ def _synchronised(original: Any) -> Any:
         "__doc__": f"{original.__name__} with the statistics of all replicas.",
         "__module__": __name__,
         "_original_class": original,
+        "_made_by": staticmethod(_synchronised),
         "_check_input_dim": original._check_input_dim,
     }
+    if activates:
+        namespace["_activation"] = property(_activation_of, _refuse_activation)
     if original is nn.SyncBatchNorm:  # not a base: DDP refuses CPU modules that contain one; filters look for the other
         name, base = "SyncBatchNorm", nn.BatchNorm2d
     else:
         name, base = f"Sync{original.__name__}", original
     return SyncBatchNorm.register(type(name, (_Converted, Synchronised, base), namespace))
+
+
+# timm's BatchNormAct2d: y = act(drop(norm(x))), where `act` and `drop` are children of the layer
+
+
+def _has_forward_of_timm(cls: Any) -> bool:
+    """Whether instances of `cls` run timm's forward, as timm wrote it."""
+    return any(
+        (base.__module__, base.__name__) == ("timm.layers.norm_act", "BatchNormAct2d")
+        and vars(base).get("forward") is cls.forward
+        and cls.forward.__qualname__ == "BatchNormAct2d.forward"
+        for base in cls.__mro__
+    )
+
+
+def _activation_of(layer: Any) -> Activation | None:
+    """Return what `act` is now; it may be replaced at any time."""
+    if type(layer.drop) is not nn.Identity:
+        raise ConversionError(
+            f"{layer.drop} as `drop` of the BatchNormAct2d, before `act`, would be lost: set it to nn.Identity()"
+        )
+    activation = known_activation(layer.act)
+    if activation is None and type(layer.act) is not nn.Identity:
+        raise ConversionError(
+            f"{layer.act} as `act` of the BatchNormAct2d cannot be fused, only {', '.join(NAMES)} of torch.nn can: set "
+            "`act` to one of these, or to nn.Identity() and apply it behind the layer"
+        )
+    return activation
+
+
+def _refuse_activation(layer: Any, value: object) -> NoReturn:
+    raise ConversionError(f"{type(layer).__name__} takes its activation from `act`: set that")
 
 
 SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)

@@ -86,7 +86,7 @@ class Synchronised(_BatchNorm):
                 "an exported program has no replicas, its statistics in training would be those of one process: "
                 "revert_sync_batchnorm(model) first if that is what you want, or export in eval mode"
             )
-        return super().forward(input)
+        return _BatchNorm.forward(self, input)  # super's may be timm's, which activates
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Called by torch.jit.script."""

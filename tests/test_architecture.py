@@ -15,8 +15,8 @@ ROOT = Path(syncbn.__file__).parent
 # Each layer imports those before it, and none of its own; `syncbn` itself only gathers the names.
 LAYERS = [
     {"errors"},
-    {"_compiled"},
-    {"_plain"},
+    {"_compiled", "_generated"},
+    {"_plain", "_epilogue"},
     {"_statistics"},
     {"comm._protocol"},
     {"comm._single", "comm._threads", "comm._shared_memory", "comm._mpi", "comm._horovod"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"_operators"},
     {"functional"},
     {"_layer"},
-    {"_buckets"},
+    {"_fusion", "_buckets"},
     {"_alike"},
     {"_convert", "_launcher", "_parallel"},
     {""},
@@ -47,6 +47,7 @@ LAYERS = [
     {"__main__"},
 ]
 KNOWS_BATCH_NORM = {
+    "_epilogue",
     "_statistics",
     "_checks",
     "_recomputation",
@@ -54,6 +55,7 @@ KNOWS_BATCH_NORM = {
     "_operators",
     "functional",
     "_layer",
+    "_fusion",
     "_convert",
 }
 OPTIONAL = {
@@ -241,7 +243,7 @@ def loaded_by(statement):
 def test_import_syncbn_loads_no_optional_package():
     loaded = loaded_by("import syncbn")
     assert "torch" in loaded
-    assert not loaded & {"mpi4py", "horovod", "rich", "matplotlib", "sklearn", "tensorboard"}
+    assert not loaded & {"mpi4py", "horovod", "rich", "matplotlib", "sklearn", "tensorboard", "torchvision", "timm"}
 
 
 @pytest.mark.parametrize(("also", "loaded"), [("", "False"), ("; import syncbn.kernels._triton_code", "True")])
@@ -275,6 +277,7 @@ PUBLIC = {
         "average_gradients",
         "broadcast_parameters",
         "convert_sync_batchnorm",
+        "fuse_activations",
         "global_mean",
         "init",
         "revert_sync_batchnorm",

@@ -1,18 +1,18 @@
 """Conversion: another class for the same object, and back."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
-from reference import Recording, Unreachable, assert_tensor_close, on_rows, random_batch, randomized
+import vision
+from modules import COPIES, snapshot
+from reference import Recording, Unreachable, assert_tensor_close, on_rows, random_batch, randomized, step
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from syncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn import SyncBatchNorm, convert_sync_batchnorm, fuse_activations, revert_sync_batchnorm
 from syncbn.comm import SingleProcess, run_threads
 from syncbn.errors import ConversionError, GroupError
 
@@ -53,18 +53,6 @@ def tree():
 
 def norms(model):
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
-
-
-def snapshot(module):
-    """All that makes up a module: class, attributes and tensors by identity."""
-    return [
-        (
-            m.__class__,
-            {key: id(value) for key, value in m.__dict__.items()},
-            {key: id(value) for key, value in m.state_dict(keep_vars=True).items()},
-        )
-        for m in module.modules()
-    ]
 
 
 # What is converted
@@ -351,16 +339,6 @@ def test_a_reverted_layer_evaluates_with_what_was_learned():
 # Copies of converted layers
 
 
-def saved_and_loaded(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "save": saved_and_loaded}
-
-
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize(
     "make", [tree, lambda: Described(3), lambda: nn.SyncBatchNorm(3)], ids=["tree", "sub", "torch"]
@@ -386,3 +364,158 @@ def test_the_class_method_of_torchs_layer():
     model = tree()
     assert SyncBatchNorm.convert_sync_batchnorm(model, "node") is model
     assert {layer.process_group for layer in norms(model)} == {"node"}
+
+
+# timm's BatchNormAct2d
+
+
+def activated(act, **options):
+    timm = vision.load("timm")
+    return randomized(timm.layers.BatchNormAct2d(3, act_layer=act, **options)).double()
+
+
+ACTS = {"relu": nn.ReLU, "leaky_relu(0.01)": nn.LeakyReLU, "silu": nn.SiLU, "hardswish": nn.Hardswish, "None": None}
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_timms_layer_synchronises_and_activates(name):
+    options = {"apply_act": False} if ACTS[name] is None else {}
+    whole, *layers = [activated(ACTS[name], **options) for _ in range(3)]
+    batch = random_batch([(2, 3, 4, 4)] * 2, mean=0.5)
+    x = torch.cat(batch.xs).requires_grad_()
+    expected = whole(x)
+    (expected * torch.cat(batch.gs)).sum().backward()
+
+    def replica(comm):
+        layer = convert_sync_batchnorm(layers[comm.rank], comm)
+        return step(layer, batch.xs[comm.rank], batch.gs[comm.rank])
+
+    ys, dxs = zip(*run_threads(2, replica), strict=True)
+    assert_tensor_close(torch.cat(ys), expected)
+    assert_tensor_close(torch.cat(dxs), x.grad)
+    for parameter in ("weight", "bias"):
+        total = sum(getattr(layer, parameter).grad for layer in layers)
+        assert_tensor_close(total, getattr(whole, parameter).grad, 5)
+    for layer in layers:
+        assert str(layer.activation) == name
+        assert_tensor_close(layer.running_var, whole.running_var)
+    assert_tensor_close(layers[0].eval()(x), whole.eval()(x))
+
+
+def test_timms_layer_goes_by_its_act():
+    layer, x = activated(nn.ReLU), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    other = copy.deepcopy(layer)
+    convert_sync_batchnorm(layer)
+    layer.act = other.act = nn.SiLU()
+    assert_tensor_close(layer(x), other(x))
+    assert "activation=silu" in repr(layer)
+    layer.act = nn.Identity()
+    assert layer.activation is None
+
+
+def test_timms_layer_is_not_fused_with_what_follows():
+    """It goes by its own act."""
+    model = convert_sync_batchnorm(nn.Sequential(activated(None, apply_act=False), nn.ReLU()))
+    assert fuse_activations(model) == []
+
+
+TIMM_REFUSED = {
+    "act": (
+        lambda layer: setattr(layer, "act", nn.GELU()),
+        r"GELU.* as `act` .* cannot be fused, only relu",
+    ),
+    "drop": (lambda layer: setattr(layer, "drop", nn.Dropout()), r"Dropout.* as `drop` .* would be lost"),
+    "hook": (lambda layer: layer.act.register_forward_hook(lambda *_: None), "`act` or `drop` .* has hooks"),
+    "hook on drop": (
+        lambda layer: layer.drop.register_forward_hook(lambda *_: None),
+        "`act` or `drop` .* has hooks",
+    ),
+    "forward": (lambda layer: setattr(layer.act, "forward", torch.relu), "`act` or `drop` of .* a forward put on the"),
+    "class": (
+        lambda layer: setattr(layer, "__class__", type("Own", (type(layer),), {"forward": lambda self, x: x})),
+        "Own has a forward of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), TIMM_REFUSED.values(), ids=TIMM_REFUSED)
+def test_timms_layer_is_refused_with_reason_and_nothing_changed(change, message):
+    model = nn.Sequential(nn.BatchNorm2d(3), activated(nn.ReLU))
+    change(model[1])
+    before = snapshot(model)
+    with pytest.raises(ConversionError, match=message):
+        convert_sync_batchnorm(model)
+    assert snapshot(model) == before
+
+
+def test_a_converted_layer_of_timms_refuses_what_it_cannot_apply():
+    layer = convert_sync_batchnorm(activated(nn.ReLU), Unreachable())
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    with pytest.raises(ConversionError, match="takes its activation from `act`: set that"):
+        layer.activation = "silu"
+    layer.act = nn.GELU()
+    with pytest.raises(ConversionError, match="GELU"):
+        layer(x)
+    layer.act, layer.drop = nn.ReLU(), nn.Dropout()
+    with pytest.raises(ConversionError, match="Dropout"):
+        layer(x)
+
+
+def test_an_exported_layer_of_timms_activates_once():
+    layer = convert_sync_batchnorm(activated(nn.SiLU))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    program = torch.export.export(layer, (x,))  # in training
+    assert_tensor_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies_of_timms_layer(copied):
+    layer = convert_sync_batchnorm(activated(nn.SiLU))
+    other = copied(layer)
+    assert type(other) is type(layer)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert torch.equal(other(x), layer(x))
+    other.act = nn.ReLU()
+    assert str(layer.activation) == "silu"
+    assert type(revert_sync_batchnorm(other)) is type(activated(nn.SiLU))
+
+
+def test_a_subclass_of_timms_layer_and_a_parametrized_one():
+    layer = activated(nn.ReLU)
+    layer.__class__ = type("Own", (type(layer),), {"extra": 1})
+    parametrize.register_parametrization(layer, "weight", Exponential())
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    expected = copy.deepcopy(layer)(x)
+    assert_tensor_close(convert_sync_batchnorm(layer)(x), expected)
+
+
+def test_a_model_of_timms():
+    timm = vision.load("timm")
+    torch.manual_seed(0)
+    whole = timm.create_model("mobilenetv3_small_050", pretrained=False, drop_rate=0.0, num_classes=4).double()
+    for module in whole.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            randomized(module)
+    models = [copy.deepcopy(whole) for _ in range(2)]
+    original = snapshot(models[0])
+    batch = random_batch([(2, 3, 32, 32)] * 2)
+    g = torch.randn(4, 4, dtype=torch.float64)
+    x = torch.cat(batch.xs).requires_grad_()
+    y = whole(x)
+    (y * g).sum().backward()
+
+    def replica(comm):
+        model = convert_sync_batchnorm(models[comm.rank], comm)
+        fuse_activations(model)
+        return step(model, batch.xs[comm.rank], g[2 * comm.rank : 2 * comm.rank + 2])
+
+    ys, dxs = zip(*run_threads(2, replica), strict=True)
+    assert_tensor_close(torch.cat(ys), y, 100)
+    assert_tensor_close(torch.cat(dxs), x.grad, 100)
+    for key, parameter in whole.named_parameters():
+        total = sum(model.get_parameter(key).grad for model in models)
+        assert_tensor_close(total, parameter.grad, 1000, key)
+    for key, buffer in whole.named_buffers():
+        assert_tensor_close(models[0].get_buffer(key), buffer, 100, key)
+    assert {str(norm.activation) for norm in norms(models[0])} == {"hardswish", "relu", "None"}
+    assert snapshot(revert_sync_batchnorm(models[0])) == original
