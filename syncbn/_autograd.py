@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from ._epilogue import Activation, Epilogue
 from ._recomputation import is_repeatable, once
@@ -74,7 +75,7 @@ def backward(
     Args:
         dy: gradient of the output, like `x`.
         x: input of the forward.
-        epilogue: of the forward.
+        epilogue: of the forward; a residual only with an activation.
         known: `[mean, 1/√(σ²+ε), N]` from the forward.
         comm: the replicas.
         needs_x: compute dx, which takes an all-reduce.
@@ -85,8 +86,13 @@ def backward(
     if not needs_x:
         return None, sums.to(dtype), dz
     share = sums.clone() if dtype == sums.dtype else sums.to(dtype)  # the sum over the replicas may replace `sums`
-    dx = kernels.backward_input(dy if dz is None else dz, x, known, _rest(epilogue, dz), comm.all_reduce(sums))
-    return dx, share, dz
+    dy, epilogue = _before_activation(dy, dz, epilogue)
+    return kernels.backward_input(dy, x, known, epilogue, comm.all_reduce(sums)), share, dz
+
+
+def _before_activation(dy: Tensor, dz: Tensor | None, epilogue: Epilogue) -> tuple[Tensor, Epilogue]:
+    """Return what `backward_input` takes: dz is what it would make of dy, where that was made already."""
+    return (dy, epilogue) if dz is None else (dz, Epilogue(epilogue.weight, epilogue.bias))
 
 
 def differentiable_backward(
@@ -105,14 +111,8 @@ def differentiable_backward(
     if not needs_x:
         return None, share, dz
     sums = _AllReduce.apply(share, comm, None)  # type: ignore[no-untyped-call]
-    dx = composed.backward_input(dy if dz is None else dz, x, known, _rest(epilogue, dz), sums)
-    return dx, share, dz
-
-
-def _rest(epilogue: Epilogue, dz: Tensor | None) -> Epilogue:
-    """Return what `backward_input` needs of the epilogue, whose activation is done where dz is there."""
-    weight, bias, _, activation = epilogue
-    return Epilogue(weight, bias, None, activation if dz is None else None)
+    dy, epilogue = _before_activation(dy, dz, epilogue)
+    return composed.backward_input(dy, x, known, epilogue, sums), share, dz
 
 
 class _AllReduce(torch.autograd.Function):
@@ -208,7 +208,7 @@ def gradients(
     needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     if dy is None:
         dy = torch.zeros_like(x)  # the peers' collective waits for this rank all the same
-    if torch._C._functorch.is_legacy_batchedtensor(dy) or torch._C._functorch.is_batchedtensor(dy):
+    if is_legacy_batchedtensor(dy) or is_batchedtensor(dy):
         raise InputError("SyncBatchNorm's backward takes one gradient at a time: is_grads_batched=True cannot be used")
     if torch.is_grad_enabled():
         dx, share, dz = differentiable_backward(dy, x, epilogue, known, ctx.comm, needs_x, ctx.eps)
