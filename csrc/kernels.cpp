@@ -78,7 +78,7 @@ struct Plan {
 };
 
 // Below this many values a thread is not worth waking; from that many bytes on the caches do not hold the result.
-constexpr int64_t GRAIN = 1 << 15, UNCACHED = 1 << 14;
+constexpr int64_t GRAIN = 1 << 15, UNCACHED = 1 << 24;
 
 // Values of several tensors that the second level of cache holds.
 constexpr int64_t CACHED = 1 << 14;
@@ -238,7 +238,8 @@ void backward_sums(int threads, nb::handle dy_, nb::handle x_, nb::handle statis
     const Vector statistics("statistics", statistics_, 2 * C + 1);
     const Epilogue epilogue(epilogue_, x);
     void *const dz = dz_.is_none() ? nullptr : Values("dz", dz_, x).at;
-    if (epilogue.residual && epilogue.activation != IDENTITY && dz_.is_none()) refuse("dz", "expected a tensor: there is a residual");
+    if (epilogue.residual && epilogue.activation != IDENTITY && dz_.is_none())
+        refuse("dz", "expected a tensor: there is a residual");
     double *const t1 = result("payload", payload_, 2 * C), *const t2 = t1 + C;
     const nb::gil_scoped_release release;
     const double *const mean = statistics.begin(), *const invstd = mean + C;

@@ -221,14 +221,6 @@ inline INLINE Vector<Compute<T>> read(const T *from, int64_t n) {
     return Element<T>::widen(n == WIDTH<T> ? load<Stored>(from) : load_first<Stored>(from, n * sizeof(T)));
 }
 
-// A vector of the last `n` values of a run of `size`, zeros beside them: the last lanes where the run fills a vector, else
-// the first.
-template <class T>
-inline INLINE Vector<Compute<T>> read_last(const T *run, int64_t size, int64_t n) {
-    if (size < WIDTH<T>) return read(run + size - n, n);
-    return last_lanes(read(run + size - WIDTH<T>, WIDTH<T>), n);
-}
-
 // The first `n` values of `v`.
 template <class T>
 inline INLINE void write(T *to, Vector<Compute<T>> v, int64_t n, bool streaming) {
