@@ -9,12 +9,12 @@ import argparse
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from syncbn import world
 from syncbn.cli import _bench
 from syncbn.cli._bench import DEEP, LARGE, SMALL, WIDE, Case
 from syncbn.cli._measure import paired_ratio
+from syncbn.cli._report import _ratio, _table
 
 Record = dict[str, Any]
 
@@ -91,10 +91,10 @@ def main() -> None:
     _bench.add_arguments(parser)
     results = _bench.run(parser.parse_args())
     if world().rank == 0:
-        table = Table("what", "at most", "measured", "", title="The bars", title_justify="left")
+        table = _table("The bars (for 2 ranks of one thread)", "what", "at most", "measured", "")
         for what, value in measured(results).items():
             verdict = "not measured" if value is None else "ok" if value <= BARS[what] else "missed"
-            table.add_row(what, f"{BARS[what]:.2f}", "" if value is None else f"{value:.2f}", verdict)
+            table.add_row(what, _ratio(BARS[what]), _ratio(value), verdict)
         Console(width=120).print(table)
 
 

@@ -38,7 +38,7 @@ inline INLINE Vector<A> exponential(Vector<A> t) {
     using F = Format<A>;
     using V = Vector<A>;
     using Integers = Vector<typename F::Integer>;
-    constexpr A SHIFTER = A(3) * A(typename F::Integer(1) << (F::MANTISSA - 1));  // added, it leaves no place for fractions
+    constexpr A SHIFTER = A(3) * A(typename F::Integer(1) << (F::MANTISSA - 1));  // added, no place is left for fractions
     constexpr typename F::Integer BIAS = (typename F::Integer(1) << (sizeof(A) * 8 - F::MANTISSA - 2)) - 1;
     t = t > F::LIMIT ? V{} + F::LIMIT : t;
     t = t < -F::LIMIT ? V{} - F::LIMIT : t;

@@ -10,7 +10,8 @@ struct Epilogue {
     double slope = 0;
 
     Epilogue(nb::handle fields, const Values &x)
-        : weight("weight", field("epilogue", fields, 4, 0), x.C, 1), bias("bias", field("epilogue", fields, 4, 1), x.C, 0) {
+        : weight("weight", field("epilogue", fields, 4, 0), x.C, 1),
+          bias("bias", field("epilogue", fields, 4, 1), x.C, 0) {
         const nb::handle of_residual = field("epilogue", fields, 4, 2), of_activation = field("epilogue", fields, 4, 3);
         if (!of_residual.is_none()) residual = Values("residual", of_residual, x).at;
         if (of_activation.is_none()) return;

@@ -97,7 +97,9 @@ struct Tensors {
     // The work on units [begin, end) of a view.
     Job job(const View &view, const void *coefficients, double *sums, int64_t begin, int64_t end) const {
         const int64_t offset = view.offset * size();
-        const auto part = [offset](auto *whole) { return whole ? (decltype(whole))((const char *)whole + offset) : nullptr; };
+        const auto part = [offset](auto *whole) {
+            return whole ? (decltype(whole))((const char *)whole + offset) : nullptr;
+        };
         const bool aligned = ((uintptr_t)out + offset) % LARGEST_VECTOR == 0 && view.run() * size() % LARGEST_VECTOR == 0;
         const bool streaming = out && aligned && view.values() * size() >= UNCACHED;
         return {part(x.at), part(dy), part(residual), part(out), slope, coefficients, sums,
@@ -134,7 +136,8 @@ struct Tensors {
                 const int64_t end = units * (k + 1) / slices;
                 const int64_t piece = first ? std::max<int64_t>(1, CACHED / std::min(view.run(), BLOCK)) : end;
                 for (int64_t begin = units * k / slices; begin < end; begin += piece) {
-                    Job of_piece = job(view, coefficients, sums.data() + k * 2 * stride, begin, std::min(end, begin + piece));
+                    double *const of_slice = sums.data() + k * 2 * stride;
+                    Job of_piece = job(view, coefficients, of_slice, begin, std::min(end, begin + piece));
                     of_piece.streaming = false;
                     if (first) first(of_piece), of_piece.dy = of_piece.out;
                     loop(of_piece);

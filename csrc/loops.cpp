@@ -201,7 +201,7 @@ void sums(const Job &job) {
         if constexpr (Activated) dz = F::gradient(dz, k[SCALE] * d + k[SHIFT], A(job.slope));
         return dz;
     };
-    const auto planes = [&](auto add_up) INLINE {  // add_up(at, size, k, dz(i, n, d), channel) for each block of a plane
+    const auto planes = [&](auto add_up) INLINE {  // add_up(at, size, pivot, dz(i, n, d), c) for each block
         for_blocks(job, [&](int64_t c, int64_t at, int64_t size) INLINE {
             V k[3] = {};
             for (int kind = 0; kind < KINDS; kind++) k[kind] += coefficients[kind * job.stride + c];
@@ -284,20 +284,25 @@ void elementwise(const Job &job) {
             for_vectors<W>(size, [&](int64_t i, int64_t n) INLINE { map<T, F, RESULT, 1>(job, first + i, 0, n, k); });
         });
     else
-        for_rows<RESULT == DZ ? 1 : 4>(job.begin, job.end - job.begin, C * sizeof(T), [&](auto R, int64_t row, int64_t stride) {
-            for_vectors<W>(C, [&](int64_t c, int64_t n) INLINE {
-                V k[KINDS];
-                for (int kind = 0; kind < KINDS; kind++) k[kind] = load<V>(at(kind, c));
-                map<T, F, RESULT, R>(job, row * C + c, stride * C, n, k);
+        // dz comes in pieces of few rows, too short for streams of their own: one row after the other.
+        for_rows<RESULT == DZ ? 1 : 4>(
+            job.begin, job.end - job.begin, C * sizeof(T), [&](auto R, int64_t row, int64_t stride) {
+                for_vectors<W>(C, [&](int64_t c, int64_t n) INLINE {
+                    V k[KINDS];
+                    for (int kind = 0; kind < KINDS; kind++) k[kind] = load<V>(at(kind, c));
+                    map<T, F, RESULT, R>(job, row * C + c, stride * C, n, k);
+                });
             });
-        });
     if (job.streaming) end_of_streams();
 }
 
 // In the order of Activation.
 template <class T, class... F>
-constexpr Loops loops_of = {
-    sums<T, NoGradient>, {elementwise<T, F, Y>...}, {elementwise<T, F, DZ>...}, {sums<T, F>...}, {elementwise<T, F, DX>...}};
+constexpr Loops loops_of = {sums<T, NoGradient>,
+                            {elementwise<T, F, Y>...},
+                            {elementwise<T, F, DZ>...},
+                            {sums<T, F>...},
+                            {elementwise<T, F, DX>...}};
 
 template <class T>
 constexpr Loops LOOPS = loops_of<T, Identity, Relu, LeakyRelu, Silu, Hardswish>;

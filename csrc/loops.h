@@ -36,7 +36,8 @@ constexpr int64_t blocks_per_plane(int64_t inner) { return (inner + BLOCK - 1) /
 
 using Loop = void (*)(const Job &);
 struct Loops {
-    Loop moments, normalize[ACTIVATIONS], gradient[ACTIVATIONS], backward_sums[ACTIVATIONS], backward_input[ACTIVATIONS];
+    Loop moments, normalize[ACTIVATIONS], gradient[ACTIVATIONS], backward_sums[ACTIVATIONS],
+        backward_input[ACTIVATIONS];
 };
 
 enum DType { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, DTYPES };

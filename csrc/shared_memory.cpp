@@ -46,7 +46,7 @@ constexpr std::size_t kBufferBytes = 64 << 10;  // 8192 float64: a layer of 4095
 constexpr Seconds kSpin{50e-6};                 // about what it takes to be woken on an idle machine
 constexpr Seconds kYield{2e-3};                 // as long again and more: a virtual processor that idles is slow to wake
 // Where others use the core, who yields gets it back when their time is up, milliseconds later; who sleeps, when woken.
-constexpr Seconds kTaken{1e-3};  // between two looks: somebody else had the core
+constexpr Seconds kTaken{1e-3};    // between two looks: somebody else had the core
 constexpr int kWary = 200;         // so many waits, from then on, go to sleep
 constexpr Seconds kGlance{10e-6};  // after this time
 constexpr Seconds kLook{0.1};                   // how often a sleeper looks for signals and lost peers

@@ -11,15 +11,8 @@ from ._compiled import native
 from ._epilogue import Epilogue
 from .errors import DTypeError, InputError
 
-_NO_EPILOGUE = Epilogue()
 
-
-def check(
-    input: Tensor,
-    epilogue: Epilogue = _NO_EPILOGUE,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-) -> None:
+def check(input: Tensor, epilogue: Epilogue, running_mean: Tensor | None, running_var: Tensor | None) -> None:
     """Refuse an input that is not (N, C, *) of a floating dtype, and tensors that do not fit it.
 
     Raises:

@@ -109,7 +109,7 @@ def revert_sync_batchnorm(module: M) -> M:
                 f"{type(layer).__name__} applies {layer._activation}, which {layer._original_class.__name__} cannot: "
                 "set activation=None, and apply it behind the layer"
             )
-    undo_fusions(module)
+    undo_fusions(module, fused)
     for layer in converted:
         original, group = layer._original_class, layer.__dict__.pop("_original_group")
         del layer._group

@@ -120,6 +120,12 @@ class Epilogue(NamedTuple):
 
     def finish(self, y: Tensor) -> Tensor:
         """Add the residual to `y` = weight·x̂ + bias and apply the activation, in the memory of `y`."""
-        if self.residual is not None:
-            y = y.add_(self.residual)
-        return y if self.activation is None else self.activation(y, inplace=True)
+        z = self._add(y)
+        return z if self.activation is None else self.activation(z, inplace=True)
+
+    def gradient(self, dy: Tensor, y: Tensor) -> Tensor:
+        """Return the gradient of `y` = weight·x̂ + bias, whose memory takes the residual, too."""
+        return dy if self.activation is None else self.activation.gradient(dy, self._add(y))
+
+    def _add(self, y: Tensor) -> Tensor:
+        return y if self.residual is None else y.add_(self.residual)

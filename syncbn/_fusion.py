@@ -289,9 +289,9 @@ def _fused_in(module: Any) -> tuple[list[nn.Module], nn.Module | None]:
     return [], None
 
 
-def undo_fusions(model: nn.Module) -> None:
-    """Give the activations back to the modules that they were taken from; `fused_norms` has let it pass."""
-    for norm in fused_norms(model):
+def undo_fusions(model: nn.Module, norms: set[nn.Module]) -> None:
+    """Give the activations back to the modules that they were taken from; `norms` is what `fused_norms` returned."""
+    for norm in norms:
         norm.activation = None  # type: ignore[assignment]
     for module in list(model.modules()):
         for name, child in module._modules.items():

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import TIGHT, Recording, Unreachable, assert_tensor_close, on_rows, random_batch, randomized
+from test_tracing import Watching
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
@@ -31,11 +31,6 @@ def step(forward, x, g, residual):
     y = forward(x, residual)
     (y * g).sum().backward()
     return y.detach(), x.grad, None if residual is None else residual.grad
-
-
-class Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("with_residual", [False, True])

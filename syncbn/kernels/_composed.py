@@ -48,14 +48,12 @@ def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue)
     """Return `[Σdz, Σdz·x̂]`, and dz if there is an activation."""
     mean, invstd, _ = _parts(statistics)
     grads, values = _wide(dy), _wide(x)
-    activation = epilogue.activation
-    if activation is not None:
-        z = epilogue._replace(activation=None).finish(_affine(x, statistics, epilogue))
-        grads = activation.gradient(grads, z)
+    if epilogue.activation is not None:
+        grads = epilogue.gradient(grads, _affine(x, statistics, epilogue))
     pivot = mean.detach().to(values.dtype)
     t1, t2 = _sum(grads).double(), _sum(grads * (values - _view(pivot, x))).double()
     sums = torch.cat([t1, (t2 + (pivot - mean) * t1) * invstd])
-    return sums, None if activation is None else _in_format_of(x, grads.to(x.dtype))
+    return sums, None if epilogue.activation is None else _in_format_of(x, grads.to(x.dtype))
 
 
 def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue, sums: Tensor) -> Tensor:

@@ -56,8 +56,7 @@ def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue)
     x = _dense(x)
     dz = _like(dy, x)
     if activation is not None:
-        z = epilogue._replace(activation=None).finish(_affine(x, statistics, epilogue))
-        dz = activation.gradient(dz, z)
+        dz = epilogue.gradient(dz, _affine(x, statistics, epilogue))
     sum_dz, sum_dz_xmu, _, _ = torch.batch_norm_backward_reduce(dz, x, mean, invstd, None, True, False, False)
     sums = torch.cat([sum_dz.double(), sum_dz_xmu * _parts(statistics)[1]])
     return sums, None if activation is None else dz
