@@ -104,8 +104,9 @@ def sync_batch_norm(
     gradient, whatever the input holds and whether compiled or not; in a group of one replica, and otherwise, none.
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; over replicas: Peng et al. 2018, "MegDet", section
-    3.3. The mask is what pytorch#70529, #81985 and #89724 ask for; elsewhere Keras' layer leaves `synchronized` out of
-    account where there is a mask, and Flax' averages the replicas' means as if each had as many values.
+    3.3. The mask is what pytorch#30414 and #70529 ask for. Elsewhere, Keras' layer does not synchronise where it has a
+    mask (`_moments` in its batch_normalization.py), and Flax's averages the replicas' means as if each had as many
+    values (`_compute_stats` in its linen/normalization.py).
 
     Example:
         >>> import torch
