@@ -61,8 +61,8 @@ def sync_batch_norm(
     dz is the gradient of the activation's argument, x̂ = (x - μ) / √(σ² + eps). All positions are normalised with
     these statistics, so all of them add to the sums of the gradient; what is outside (w = 0) has no part in the
     statistics and so no such term. It may be anything: NaN and infinity there stay there, also in the backward of a
-    loss that does not use them. Replicas without a mask have w = 1. Where N < 1 in all, y = activation(bias +
-    residual), and the running statistics stay if N is 0; for N < 2 they take σ²·N as the variance.
+    loss that does not use them. Replicas without a mask have w = 1. Where nothing is valid on any replica, y =
+    activation(bias + residual), the gradient is 0, and the running statistics stay; for N < 2 they take σ²·N.
 
     Otherwise it is `torch.nn.functional.batch_norm`, bit for bit: the running statistics, or this replica's own batch
     where there are none; then the addition and the activation. There the mask counts where the batch's statistics do.
