@@ -16,6 +16,7 @@ from ._convert import reverted as reverted
 from ._fusion import fuse_activations as fuse_activations
 from ._launcher import init as init
 from ._layer import SyncBatchNorm as SyncBatchNorm
+from ._mask import valid_positions as valid_positions
 from ._parallel import average_gradients as average_gradients
 from ._parallel import broadcast_parameters as broadcast_parameters
 from ._parallel import global_mean as global_mean

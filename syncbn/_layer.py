@@ -55,10 +55,14 @@ class Synchronised(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         """Any (N, C, *): `train` checks it. A converted layer has the check of its original class here."""
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalise `input` (N, C, *), add `residual`, of its shape and dtype, and apply the activation."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+        """Normalise `input` (N, C, *), add `residual`, of its shape and dtype, and apply the activation.
+
+        A `mask` (N, 1, *) or (N, *) says which values the statistics are taken over, see `sync_batch_norm`.
+        """
         if isinstance(input, Proxy):
-            return as_leaf(self, (input,) if residual is None else (input, residual))
+            args = (input,) if residual is None else (input, residual)
+            return as_leaf(self, args, {} if mask is None else {"mask": mask})
         self._check_input_dim(input)
         epilogue = Epilogue(self.weight, self.bias, residual, self._activation)
         tracked = not self.training or self.track_running_stats  # the condition of nn.BatchNorm
@@ -66,11 +70,11 @@ class Synchronised(_BatchNorm):
         if epilogue.weight is None and mean is None:
             self._check_channels(input)
         if not self.training:
-            return evaluate(input, epilogue, mean, var, self.eps)
+            return evaluate(input, epilogue, mean, var, self.eps, mask)
         if is_exported():
-            return epilogue.finish(self._as_in_nn(input))
+            return epilogue.finish(self._as_in_nn(input, mask))
         running = Running(mean, var, self.num_batches_tracked if tracked else None, self.momentum)
-        return train(input, epilogue, running, self.eps, self._group.key)
+        return train(input, epilogue, running, self.eps, self._group.key, mask)
 
     def _check_channels(self, input: Tensor) -> None:
         """Without parameters and buffers nothing else tells how many channels there should be."""
@@ -79,9 +83,13 @@ class Synchronised(_BatchNorm):
                 f"expected {self.num_features} channels, got {input.shape[1]} in input of shape {tuple(input.shape)}"
             )
 
-    def _as_in_nn(self, input: Tensor) -> Tensor:
+    def _as_in_nn(self, input: Tensor, mask: Tensor | None) -> Tensor:
         """Do what nn.BatchNorm does in training, for exporters and for what recognises it in their graphs."""
         self.check_is_alone()
+        if mask is not None:
+            raise ConversionError(
+                "an exported program in training has nn.BatchNorm's statistics, which know no mask: export in eval mode"
+            )
         return _BatchNorm.forward(self, input)  # super's may be another norm layer's
 
     def check_is_alone(self) -> None:

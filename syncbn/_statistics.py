@@ -66,13 +66,25 @@ def update_running(running: Running, total: Tensor) -> None:
             buffer.add_(torch.where(count > 0, momentum * (value - buffer), 0.0))
 
 
-def refuse_one_value(total: Tensor) -> None:
-    """Raise InputError where `total` ends with N = 1 value per channel over all replicas: the same on each of them.
+def refuse_total(total: Tensor) -> None:
+    """Raise InputError where `total` ends with an N that `refuse_count` refuses: the same on all replicas.
 
     On the CPU only, where reading the number does not wait for a device, and where there is a number.
     """
-    if are_plain([total], "cpu") and total[-1].item() == 1:
-        raise one_value()
+    if are_plain([total], "cpu"):
+        refuse_count(total[-1].item())
+
+
+def refuse_count(count: float) -> None:
+    """Raise InputError where N values per channel over all replicas have no variance, unless there are none at all."""
+    if count > 1 or count == 0:
+        return
+    if count != count:  # see `weights_of`
+        raise InputError(
+            "expected a mask of finite weights that are not negative, got others on at least one replica: look at "
+            "(mask < 0).any() and mask.isfinite().all(), or pass a bool mask"
+        )
+    raise one_value()
 
 
 def one_value() -> InputError:

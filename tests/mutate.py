@@ -46,11 +46,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ARITHMETIC = "kernels autograd collectives precision equivalence extreme layer"
 AREAS = {
     "syncbn/_statistics.py": ARITHMETIC,
-    "syncbn/_autograd.py": ARITHMETIC,
-    "syncbn/_operators.py": "compile tracing transforms together autograd layer",
+    "syncbn/_autograd.py": f"{ARITHMETIC} mask",
+    "syncbn/_operators.py": "compile tracing transforms together autograd layer mask",
     "syncbn/_plain.py": "kernels layer cuda_kernels",
     "syncbn/_epilogue.py": "kernels layer autograd fusion convert",
-    "syncbn/_checks.py": "layer tracing transforms extreme autograd",
+    "syncbn/_checks.py": "layer tracing transforms extreme autograd mask",
     "syncbn/_recomputation.py": "recomputation autograd layer compile",
     "syncbn/functional.py": "layer precision collectives groups autograd extreme equivalence tracing transforms",
     "syncbn/_layer.py": "layer tracing convert autograd together recomputation",
@@ -63,7 +63,7 @@ AREAS = {
     "syncbn/kernels/_cpu.py": "kernels layer",
     "syncbn/kernels/_torch.py": "cuda_kernels",
     "syncbn/kernels/_triton_code.py": "triton",
-    "syncbn/kernels/_composed.py": "kernels autograd precision",
+    "syncbn/kernels/_composed.py": "kernels autograd precision mask",
     "syncbn/kernels/_select.py": "kernels layer autograd",
     "syncbn/kernels/_protocol.py": "kernels",
     "syncbn/comm/_protocol.py": "communicators threads groups shared_memory parallel",

@@ -17,7 +17,7 @@ LAYERS = [
     {"errors"},
     {"_compiled", "_generated"},
     {"_plain", "_epilogue"},
-    {"_statistics"},
+    {"_statistics", "_mask"},
     {"comm._protocol"},
     {"comm._single", "comm._threads", "comm._shared_memory", "comm._mpi", "comm._horovod"},
     {"comm._hosts"},
@@ -51,6 +51,7 @@ LAYERS = [
 KNOWS_BATCH_NORM = {
     "_epilogue",
     "_statistics",
+    "_mask",
     "_checks",
     "_recomputation",
     "_autograd",
