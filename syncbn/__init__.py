@@ -12,11 +12,14 @@ from . import functional as functional
 from ._convert import convert_sync_batchnorm as convert_sync_batchnorm
 from ._convert import revert_sync_batchnorm as revert_sync_batchnorm
 from ._fusion import fuse_activations as fuse_activations
+from ._in_sync import assert_in_sync as assert_in_sync
 from ._launcher import init as init
 from ._layer import SyncBatchNorm as SyncBatchNorm
 from ._parallel import average_gradients as average_gradients
 from ._parallel import broadcast_parameters as broadcast_parameters
 from ._parallel import global_mean as global_mean
+from ._population import recompute_statistics as recompute_statistics
+from ._population import synchronize_statistics as synchronize_statistics
 from .comm._groups import world as world
 
 __version__ = "0.1.0"

@@ -36,7 +36,8 @@ LAYERS = [
     {"_layer"},
     {"_fusion", "_buckets"},
     {"_alike"},
-    {"_convert", "_launcher", "_parallel"},
+    {"_convert", "_launcher", "_parallel", "_population"},
+    {"_in_sync"},
     {""},
     {"cli._measure", "cli._report", "cli._network", "cli._malloc"},
     {"cli._job", "cli._training"},
@@ -57,6 +58,8 @@ KNOWS_BATCH_NORM = {
     "_layer",
     "_fusion",
     "_convert",
+    "_population",
+    "_in_sync",
 }
 OPTIONAL = {
     "mpi4py": {"comm._mpi"},
@@ -274,13 +277,16 @@ def test_public_modules():
 PUBLIC = {
     syncbn: [
         "SyncBatchNorm",
+        "assert_in_sync",
         "average_gradients",
         "broadcast_parameters",
         "convert_sync_batchnorm",
         "fuse_activations",
         "global_mean",
         "init",
+        "recompute_statistics",
         "revert_sync_batchnorm",
+        "synchronize_statistics",
         "world",
     ],
     syncbn.functional: ["sync_batch_norm"],
