@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _autograd, _operators
 from ._checks import check, is_traced, refuse_transforms
+from ._dtensor import group_of, locally
 from ._epilogue import ActivationLike, Epilogue, activation_of
 from ._statistics import Running
 from .comm._groups import ProcessGroup, communicator, key_of
@@ -103,6 +105,9 @@ def train(input: Tensor, epilogue: Epilogue, running: Running, eps: float, group
     tensors = (input, *epilogue.tensors)
     if has_torch_function(tensors):  # subclasses and modes decide, as for a function of torch's own
         return handle_torch_function(train, tensors, input, epilogue, running, eps, group)
+    if type(input) is DTensor:
+        group = group_of(input, group)
+        return locally(lambda x, e, of: train(x, e, of, eps, group), input, epilogue, running)  # type: ignore[no-any-return]
     check(input, epilogue, running.mean, running.var)
     if is_traced(input):
         return _operators.sync_batch_norm(input, epilogue, running, eps, group)
@@ -114,6 +119,9 @@ def evaluate(
     input: Tensor, epilogue: Epilogue, running_mean: Tensor | None, running_var: Tensor | None, eps: float
 ) -> Tensor:
     """Use torch's own kernel, after the conversions that it asks for but does not make."""
+    if type(input) is DTensor:
+        running = Running(running_mean, running_var)
+        return locally(lambda x, e, of: evaluate(x, e, of.mean, of.var, eps), input, epilogue, running)  # type: ignore[no-any-return]
     check(input, epilogue, running_mean, running_var)
     per_channel = [running_mean, running_var, epilogue.weight, epilogue.bias]
     dtypes = {tensor.dtype for tensor in per_channel if tensor is not None}
