@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ._epilogue import Epilogue
@@ -17,7 +18,6 @@ from .comm._single import SingleProcess
 from .errors import GroupError, InputError
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def locally(
     normalise: Callable[[Tensor, Epilogue, Running], Tensor], input: DTensor, epilogue: Epilogue, running: Running
 ) -> Tensor:
@@ -53,11 +53,9 @@ def _share(dim: int, placement: Placement) -> Placement:
         return placement
     if isinstance(placement, Shard) and placement.dim != 1:
         return Partial()
-    where = "the channels" if isinstance(placement, Shard) else "another placement"
     raise InputError(
-        f"expected an input replicated, or sharded over the batch or space, got {placement!r} over mesh dimension {dim} "
-        f"({where}): input.redistribute(placements=...) first; for channels, call the layer of this rank's channels on "
-        "input.to_local()"
+        f"expected an input that is replicated, or sharded over the batch or space, got {placement!r} over mesh "
+        f"dimension {dim}: redistribute it; or, of channels, give input.to_local() to a layer of this rank's channels"
     )
 
 
@@ -95,6 +93,11 @@ def group_of(input: DTensor, group: str) -> str:
             f"expected a mesh of all {dist.get_world_size()} ranks for an input that several of its dimensions shard, "
             f"got {mesh}: shard by one dimension"
         )
+    return _key_over(mesh, tuple(dims))  # type: ignore[no-any-return]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _key_over(mesh: DeviceMesh, dims: tuple[int, ...]) -> str:
     others = [dim for dim in range(mesh.ndim) if dim not in dims]
     ranks = mesh.mesh.permute(*others, *dims).reshape(-1, math.prod(mesh.size(dim) for dim in dims))
     return key_of_parts(ranks.tolist())

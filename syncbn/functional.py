@@ -54,7 +54,9 @@ def sync_batch_norm(
     where there are none; then the addition and the activation.
 
     Args:
-        input: (N, C, *), any floating dtype; N, or a dimension of *, may be 0.
+        input: (N, C, *), any floating dtype; N, or a dimension of *, may be 0. A DTensor sharded over N or * is summed
+            over the dimensions of its mesh that shard it, which hold the replicas; parameters and buffers are ordinary
+            tensors or replicated over that mesh, a residual is placed as it is.
         running_mean: (C,), any floating dtype, or None. Updated in place in training, but not by a forward that repeats
             an earlier one inside a backward (activation checkpointing).
         running_var: like `running_mean`.
@@ -77,8 +79,10 @@ def sync_batch_norm(
         InputError: wrong rank, channel count, device, activation or shape of the residual, or one value per channel in
             the whole world (a ValueError). The latter is seen on the CPU only; an accelerator would have to wait for
             the number, and gets y = bias instead. Also torch.func.vmap and jvp, and `is_grads_batched=True`.
-        DTypeError: a tensor is not floating, or a DTensor or the like, or the residual has another dtype (a TypeError).
-        GroupError: `process_group` is unknown or does not hold this rank.
+            An input DTensor of partial sums or with sharded channels, or tensors that are not placed as it needs them.
+        DTypeError: a tensor is not floating, or holds its values elsewhere (a DTensor beside an ordinary input, or the
+            like), or the residual has another dtype (a TypeError).
+        GroupError: `process_group` is unknown or does not hold this rank, or is given beside a DTensor.
         CollectiveError: a peer is lost.
 
     Collectives: training issues one float64 all-reduce of 2C+1 numbers, its backward one of 2C if `input` needs a
@@ -107,7 +111,7 @@ def train(input: Tensor, epilogue: Epilogue, running: Running, eps: float, group
         return handle_torch_function(train, tensors, input, epilogue, running, eps, group)
     if type(input) is DTensor:
         group = group_of(input, group)
-        return locally(lambda x, e, of: train(x, e, of, eps, group), input, epilogue, running)  # type: ignore[no-any-return]
+        return locally(lambda x, e, of: train(x, e, of, eps, group), input, epilogue, running)
     check(input, epilogue, running.mean, running.var)
     if is_traced(input):
         return _operators.sync_batch_norm(input, epilogue, running, eps, group)
@@ -121,7 +125,7 @@ def evaluate(
     """Use torch's own kernel, after the conversions that it asks for but does not make."""
     if type(input) is DTensor:
         running = Running(running_mean, running_var)
-        return locally(lambda x, e, of: evaluate(x, e, of.mean, of.var, eps), input, epilogue, running)  # type: ignore[no-any-return]
+        return locally(lambda x, e, of: evaluate(x, e, of.mean, of.var, eps), input, epilogue, running)
     check(input, epilogue, running_mean, running_var)
     per_channel = [running_mean, running_var, epilogue.weight, epilogue.bias]
     dtypes = {tensor.dtype for tensor in per_channel if tensor is not None}

@@ -111,14 +111,27 @@ def _around(rank, size):
         assert not sent
     assert y.placements == x.placements
     assert_tensor_close(y.full_tensor(), whole)
-    compiled = torch.compile(model.train(), backend="eager")
-    assert_tensor_close(compiled(x).full_tensor(), reference.train()(X))
-    assert_tensor_close(model[0].running_var, reference[0].running_var)
 
 
-def test_inside_a_model_in_eval_and_compiled(gloo):
-    """Under torch.compile with a graph break."""
+def test_inside_a_model_and_in_eval(gloo):
     gloo(2, _around)
+
+
+def _compiled(rank, size):
+    mesh = init_device_mesh("cpu", (2, 2))
+    x, g = (distribute_tensor(t, mesh, [Shard(0), Shard(2)]) for t in (X, G))
+    x.requires_grad_()
+    layer = randomized(SyncBatchNorm(3)).double()
+    y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    (y.to_local() * g.to_local()).sum().backward()
+    return y.detach().full_tensor(), x.grad.full_tensor(), layer.running_var
+
+
+def test_compiled_without_a_graph_break(gloo):
+    y, dx, *_, running_var, _ = expected(activation=False)
+    for actual in gloo(4, _compiled):
+        for a, e in zip(actual, (y, dx, running_var), strict=True):
+            assert_tensor_close(a, e)
 
 
 def _refused(rank, size):
@@ -137,10 +150,10 @@ def _refused(rank, size):
     for error, message, refused in [
         (
             InputError,
-            r"Shard\(dim=1\) over mesh dimension 0 \(the channels\): input.redist",
+            r"got Shard\(dim=1\) over mesh dimension 0: redist",
             lambda: layer(by_channels),
         ),
-        (InputError, r"got Partial\(sum\) over mesh dimension 0.*redistribute", lambda: layer(partial)),
+        (InputError, r"got Partial\(sum\) over mesh dimension 0: redist", lambda: layer(partial)),
         (InputError, "expected residual placed as .*an ordinary tensor", lambda: relu(sharded, X)),
         (InputError, "expected residual placed as .*Shard.dim=2", lambda: relu(sharded, by_rows)),
         (InputError, "expected weight placed as .*Replicate.*got", lambda: elsewhere(sharded)),

@@ -130,16 +130,17 @@ def test_nothing_else_changes():
 
 
 def test_which_layers_take_part():
-    layers = nn.ModuleDict({name: SyncBatchNorm(3) for name in ("used", "twice", "frozen", "unused")})
+    layers = nn.ModuleDict({name: SyncBatchNorm(3) for name in ("used", "twice", "frozen", "unused", "off")})
     layers["untracked"] = nn.BatchNorm1d(3, track_running_stats=False)
     layers["instance"] = nn.InstanceNorm1d(3, track_running_stats=True)
     layers["frozen"].eval()
+    layers["off"].track_running_stats = False
     before = copy.deepcopy(layers).state_dict()
     x, other = samples().float(), samples(5, mean=7.0).float()
 
     def forward(batch):
         assert not torch.is_grad_enabled()
-        for name in ("used", "twice", "frozen", "untracked"):
+        for name in ("used", "twice", "frozen", "off", "untracked"):
             layers[name](batch["x"])
         layers["twice"](input=batch["other"])
 
