@@ -28,10 +28,17 @@ def samples(number=24, channels=3, *, mean=2.0):
     return x * torch.linspace(0.5, 3, number, dtype=torch.float64).view(-1, 1, 1) + mean
 
 
+def _made():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.BatchNorm1d(3), nn.Conv1d(3, 5, 2), nn.ReLU(), nn.BatchNorm1d(5)).double()
+
+
+MODEL = _made()  # once: threads would draw from one generator
+
+
 def network(*, comm=None, convert=False):
     """norm, convolution, norm: in float64, the same on every rank."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Conv1d(3, 5, 2), nn.ReLU(), nn.BatchNorm1d(5)).double()
+    model = copy.deepcopy(MODEL)
     return convert_sync_batchnorm(model, comm) if convert else model
 
 
