@@ -37,6 +37,11 @@ def mean_and_variance(total: Tensor) -> tuple[Tensor, Tensor]:
     return s1, (s2 - s1.square()).clamp(min=0)
 
 
+def unbiased(variance: Tensor, count: Tensor) -> Tensor:
+    """Return σ²·N/(N-1) from σ²; 0 for one value."""
+    return variance * (count / (count - 1).clamp(min=1))
+
+
 def statistics(total: Tensor, eps: float) -> Tensor:
     """Return `[mean, 1/√(σ²+ε), N]`, float64 (2C+1,), from `[Σx, Σx², N]` (2C+1,)."""
     mean, variance = mean_and_variance(total)
@@ -60,8 +65,7 @@ def update_running(running: Running, total: Tensor) -> None:
     if momentum is None or (running.mean is None and running.var is None):
         return
     mean, variance = mean_and_variance(total)
-    unbiased = variance * (count / (count - 1).clamp(min=1))
-    for buffer, value in ((running.mean, mean), (running.var, unbiased)):
+    for buffer, value in ((running.mean, mean), (running.var, unbiased(variance, count))):
         if buffer is not None:
             buffer.add_(torch.where(count > 0, momentum * (value - buffer), 0.0))
 

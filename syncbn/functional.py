@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _autograd, _operators
 from ._checks import check, is_traced, refuse_transforms
+from ._dtensor import group_of, locally
 from ._epilogue import ActivationLike, Epilogue, activation_of
 from ._statistics import Running
 from .comm import SingleProcess
@@ -68,7 +70,9 @@ def sync_batch_norm(
     where there are none; then the addition and the activation. There the mask counts where the batch's statistics do.
 
     Args:
-        input: (N, C, *), any floating dtype; N, or a dimension of *, may be 0.
+        input: (N, C, *), any floating dtype; N, or a dimension of *, may be 0. A DTensor sharded over N or * is summed
+            over the dimensions of its mesh that shard it, which hold the replicas; parameters and buffers are ordinary
+            tensors or replicated over that mesh, a residual is placed as it is.
         running_mean: (C,), any floating dtype, or None. Updated in place in training, but not by a forward that repeats
             an earlier one inside a backward (activation checkpointing).
         running_var: like `running_mean`.
@@ -94,10 +98,11 @@ def sync_batch_norm(
             channel (0 < N <= 1) in the whole world (a ValueError). The latter is seen on the CPU only; an accelerator
             would have to wait for the number, and gets y = bias instead. Likewise weights that are negative, infinite
             or NaN, on whichever replica: an error on every one, and NaN on an accelerator. Also torch.func.vmap and
-            jvp, and `is_grads_batched=True`.
-        DTypeError: a tensor is not floating (the mask: nor bool), or a DTensor or the like, or the residual has another
-            dtype (a TypeError).
-        GroupError: `process_group` is unknown or does not hold this rank.
+            jvp, and `is_grads_batched=True`. An input DTensor of partial sums or with sharded channels, or tensors that
+            are not placed as it needs them.
+        DTypeError: a tensor is not floating (the mask: nor bool), or holds its values elsewhere (a DTensor beside an
+            ordinary input, or the like), or the residual has another dtype (a TypeError).
+        GroupError: `process_group` is unknown or does not hold this rank, or is given beside a DTensor.
         CollectiveError: a peer is lost.
 
     Collectives: training issues one float64 all-reduce of 2C+1 numbers, its backward one of 2C if `input` needs a
@@ -132,6 +137,9 @@ def train(
     tensors = (input, *epilogue.tensors, mask)
     if has_torch_function(tensors):  # subclasses and modes decide, as for a function of torch's own
         return handle_torch_function(train, tensors, input, epilogue, running, eps, group, mask)
+    if type(input) is DTensor:
+        group = group_of(input, group)
+        return locally(lambda x, e, of, m: train(x, e, of, eps, group, m), input, epilogue, running, mask)
     check(input, epilogue, running.mean, running.var, mask)
     if is_traced(input):
         return _operators.sync_batch_norm(input, epilogue, running, eps, group, mask)
@@ -148,6 +156,9 @@ def evaluate(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Use torch's own kernel, after the conversions that it asks for but does not make."""
+    if type(input) is DTensor:
+        running = Running(running_mean, running_var)
+        return locally(lambda x, e, of, m: evaluate(x, e, of.mean, of.var, eps, m), input, epilogue, running, mask)
     check(input, epilogue, running_mean, running_var, mask)
     batch_statistics = running_mean is None or running_var is None
     if batch_statistics and mask is not None:  # which torch's kernel does not know
