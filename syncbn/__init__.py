@@ -17,6 +17,7 @@ from ._layer import SyncBatchNorm as SyncBatchNorm
 from ._parallel import average_gradients as average_gradients
 from ._parallel import broadcast_parameters as broadcast_parameters
 from ._parallel import global_mean as global_mean
+from ._saved import saved_statistics as saved_statistics
 from .comm._groups import world as world
 
 __version__ = "0.1.0"

@@ -11,6 +11,7 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from ._epilogue import Activation, Epilogue
 from ._recomputation import is_repeatable, once
+from ._saved import total_of
 from ._statistics import Running, one_value, statistics, update_running
 from .comm import Communicator
 from .errors import InputError
@@ -57,7 +58,7 @@ def forward(
     if comm.size == 1 and x.numel() == x.shape[1]:  # known without asking the device
         raise one_value()
     kernels = kernels_for(x, *epilogue.tensors, *running[:3])
-    total = comm.all_reduce(kernels.moments(x))
+    total = total_of(x, running if move else None, lambda: comm.all_reduce(kernels.moments(x)))
     counted = once(total, running, repeatable=repeatable)
     y, known = kernels.normalize(x, total, epilogue, eps, running if move and counted is total else None)
     if move and counted is not total:

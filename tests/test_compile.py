@@ -187,5 +187,5 @@ def test_the_first_step_under_a_real_launcher(launch) -> None:
 
 def test_only_the_output_of_the_operation_has_a_gradient() -> None:
     x = torch.randn(4, 2, requires_grad=True)
-    outputs = torch.ops.syncbn.forward(x, None, None, None, "", 0.0, None, None, None, 1e-5, False, "world")
+    outputs = torch.ops.syncbn.forward(x, None, None, None, "", 0.0, None, None, None, 1e-5, "world")
     assert [output.requires_grad for output in outputs] == [True, False, False]
