@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from ._epilogue import NAMES, Activation, known_activation
 from ._fusion import fused_norms, is_bare, undo_fusions
 from ._generated import Generated
-from ._layer import SyncBatchNorm, Synchronised
+from ._layer import LEAF, SyncBatchNorm, Synchronised
 from .comm._groups import Group, ProcessGroup, check_spec
 from .errors import ConversionError
 
@@ -60,6 +60,7 @@ def convert_sync_batchnorm(module: M, process_group: ProcessGroup = None) -> M:
     for layer, cls, group in zip(layers, classes, groups, strict=True):
         layer.__dict__.pop("process_group", None)
         layer._original_group = layer._group = group
+        layer.__module__ = LEAF
         layer.__class__ = cls
     if process_group is not None:
         for m in module.modules():
@@ -114,6 +115,7 @@ def revert_sync_batchnorm(module: M) -> M:
         original, group = layer._original_class, layer.__dict__.pop("_original_group")
         del layer._group
         layer.__dict__.pop("_activation", None)
+        layer.__dict__.pop("__module__", None)
         layer.__class__ = original
         if original is nn.SyncBatchNorm:
             layer.process_group = group.spec

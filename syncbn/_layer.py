@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._epilogue import Activation, ActivationLike, Epilogue, activation_of
@@ -16,6 +15,9 @@ from ._statistics import Running
 from .comm._groups import Group, ProcessGroup, communicator
 from .errors import ConversionError, InputError
 from .functional import evaluate, train
+
+
+LEAF = "torch.nn.modules.batchnorm"  # as `__module__` of an object: tracers of torch.fx ask objects, not classes
 
 
 class Synchronised(_BatchNorm):
@@ -54,11 +56,6 @@ class Synchronised(_BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise `input` (N, C, *), add `residual`, of its shape and dtype, and apply the activation."""
-        if isinstance(input, Proxy):  # torch.fx: the layer is a leaf, as those of torch.nn are
-            path = input.tracer.path_of_module(self)
-            return input.tracer.create_proxy(
-                "call_module", path, (input,) if residual is None else (input, residual), {}
-            )
         self._check_input_dim(input)
         epilogue = Epilogue(self.weight, self.bias, residual, self._activation)
         tracked = not self.training or self.track_running_stats  # the condition of nn.BatchNorm
@@ -84,14 +81,14 @@ class Synchronised(_BatchNorm):
         if not _is_alone(self._group.key):
             raise ConversionError(
                 "an exported program has no replicas, its statistics in training would be those of one process: "
-                "revert_sync_batchnorm(model) first if that is what you want, or export in eval mode"
+                "export syncbn.reverted(model) if that is what you want, or export in eval mode"
             )
         return _BatchNorm.forward(self, input)  # super's may be timm's, which activates
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Called by torch.jit.script."""
         raise ConversionError(
-            "torch.jit.script cannot compile a layer that communicates: revert_sync_batchnorm(model) first, or use "
+            "torch.jit.script cannot compile a layer that communicates: script syncbn.reverted(model), or use "
             "torch.jit.trace or torch.compile"
         )
 
@@ -171,6 +168,7 @@ class SyncBatchNorm(Synchronised, nn.BatchNorm2d, metaclass=ABCMeta):
     ) -> None:
         if num_features < 1:
             raise InputError(f"expected at least 1 channel, got {num_features=}")
+        self.__module__ = LEAF
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)  # torch < 2.10 knows no bias argument
