@@ -16,7 +16,6 @@ from .comm._groups import Group, ProcessGroup, communicator
 from .errors import ConversionError, InputError
 from .functional import evaluate, train
 
-
 LEAF = "torch.nn.modules.batchnorm"  # as `__module__` of an object: tracers of torch.fx ask objects, not classes
 
 

@@ -54,17 +54,6 @@ def test_the_layer_is_a_leaf_of_torch_fx(training: bool) -> None:
     assert torch.equal(traced(x), copy.deepcopy(net)(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_quantisation_aware_training_by_fx_keeps_the_layer() -> None:
-    from torch.ao.quantization import get_default_qat_qconfig_mapping
-    from torch.ao.quantization.quantize_fx import prepare_qat_fx
-
-    net = convert_sync_batchnorm(model()).train()
-    prepared = prepare_qat_fx(net, get_default_qat_qconfig_mapping(), (images(),))
-    assert sum(isinstance(m, SyncBatchNorm) for m in prepared.modules()) == 1
-    prepared(images()).sum().backward()
-
-
 # torch.jit
 
 
