@@ -23,6 +23,7 @@ from ._parallel import broadcast_parameters as broadcast_parameters
 from ._parallel import global_mean as global_mean
 from ._population import recompute_statistics as recompute_statistics
 from ._population import synchronize_statistics as synchronize_statistics
+from ._saved import saved_statistics as saved_statistics
 from ._torch_conversion import replace_torch_conversion as replace_torch_conversion
 from .comm._groups import world as world
 

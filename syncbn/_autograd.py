@@ -12,6 +12,7 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from ._epilogue import Activation, Epilogue
 from ._mask import finite_outside, flat_without_values
 from ._recomputation import is_repeatable, once
+from ._saved import total_of
 from ._statistics import Running, one_value, statistics, update_running
 from .comm import Communicator
 from .errors import InputError
@@ -64,7 +65,11 @@ def forward(
     if comm.size == 1 and x.numel() == x.shape[1] and mask is None:  # known without asking the device
         raise one_value()
     kernels = kernels_for(x, *epilogue.tensors, *running[:3])
-    total = comm.all_reduce(kernels.moments(x) if mask is None else composed.moments(x, mask))
+    total = total_of(
+        x,
+        running if move else None,
+        lambda: comm.all_reduce(kernels.moments(x) if mask is None else composed.moments(x, mask)),
+    )
     counted = once(total, running, repeatable=repeatable)
     if mask is not None:
         total = flat_without_values(total)  # another tensor: the running statistics move by `counted`

@@ -133,10 +133,10 @@ def refuse_transforms(input: Tensor) -> None:
         if transform in (_Transform.Vmap, _Transform.Jvp):
             raise InputError(
                 f"SyncBatchNorm cannot be used under torch.func.{transform.name.lower()}: use torch.func.grad or vjp, "
-                "or revert_sync_batchnorm(model) first"
+                "or syncbn.reverted(model)"
             )
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(input).tangent is not None:  # type: ignore[no-untyped-call]
-        raise InputError("SyncBatchNorm has no forward mode derivative: use backward, or revert_sync_batchnorm(model)")
+        raise InputError("SyncBatchNorm has no forward mode derivative: use backward, or syncbn.reverted(model)")
 
 
 _Transform = torch._C._functorch.TransformType

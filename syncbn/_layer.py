@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._epilogue import Activation, ActivationLike, Epilogue, activation_of
@@ -16,6 +15,8 @@ from ._statistics import Running
 from .comm._groups import Group, ProcessGroup, communicator
 from .errors import ConversionError, InputError
 from .functional import evaluate, train
+
+LEAF = "torch.nn.modules.batchnorm"  # as `__module__` of an object: tracers of torch.fx ask objects, not classes
 
 
 class Synchronised(_BatchNorm):
@@ -60,9 +61,6 @@ class Synchronised(_BatchNorm):
 
         A `mask` (N, 1, *) or (N, *) says which values the statistics are taken over, see `sync_batch_norm`.
         """
-        if isinstance(input, Proxy):
-            args = (input,) if residual is None else (input, residual)
-            return as_leaf(self, args, {} if mask is None else {"mask": mask})
         self._check_input_dim(input)
         epilogue = Epilogue(self.weight, self.bias, residual, self._activation)
         tracked = not self.training or self.track_running_stats  # the condition of nn.BatchNorm
@@ -113,12 +111,6 @@ class Synchronised(_BatchNorm):
         spec = self._group.spec
         group = "" if spec is None else f", process_group={spec!r}"
         return f"{super().extra_repr()}{activation}{group}"  # type: ignore[no-untyped-call]
-
-
-def as_leaf(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-    """Return the layer's call as torch.fx notes it: a leaf, as those of torch.nn are. `args` begin with its input."""
-    tracer = args[0].tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs or {})
 
 
 def is_exported() -> bool:
@@ -191,6 +183,7 @@ class SyncBatchNorm(Synchronised, nn.BatchNorm2d, metaclass=ABCMeta):
     ) -> None:
         if num_features < 1:
             raise InputError(f"expected at least 1 channel, got {num_features=}")
+        self.__module__ = LEAF
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)  # torch < 2.10 knows no bias argument

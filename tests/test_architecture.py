@@ -29,7 +29,8 @@ LAYERS = [
     {"kernels._composed", "kernels._cpu", "kernels._torch", "kernels._triton"},
     {"kernels._select"},
     {"kernels"},
-    {"_checks", "_recomputation", "_dtensor"},
+    {"_checks", "_saved", "_dtensor"},
+    {"_recomputation"},
     {"_autograd"},
     {"_operators"},
     {"functional"},
@@ -53,6 +54,7 @@ KNOWS_BATCH_NORM = {
     "_statistics",
     "_mask",
     "_checks",
+    "_saved",
     "_recomputation",
     "_dtensor",
     "_autograd",
@@ -283,6 +285,7 @@ def test_public_modules():
 
 PUBLIC = {
     syncbn: [
+        "ConversionReport",
         "SyncBatchNorm",
         "assert_in_sync",
         "average_gradients",
@@ -292,8 +295,12 @@ PUBLIC = {
         "global_mean",
         "init",
         "recompute_statistics",
+        "replace_torch_conversion",
         "revert_sync_batchnorm",
+        "reverted",
+        "saved_statistics",
         "synchronize_statistics",
+        "valid_positions",
         "world",
     ],
     syncbn.functional: ["sync_batch_norm"],

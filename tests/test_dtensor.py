@@ -126,7 +126,7 @@ def _masked(rank, size):
     x, mask = (distribute_tensor(t, mesh, placements) for t in (X, whole))
     assert_tensor_close(sync_batch_norm(x, mask=mask).full_tensor(), expected_y)
     for wrong in (whole, mask.full_tensor()[:, 0], distribute_tensor(whole, mesh, [Shard(2), Shard(0)])):
-        with pytest.raises(InputError, match="expected (a )?mask"):
+        with pytest.raises(InputError, match=r"expected (a )?mask"):
             sync_batch_norm(x, mask=wrong)
 
 
