@@ -177,10 +177,10 @@ def test_no_compilation_beyond_nn_batch_norms(gloo) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_under_a_real_launcher(launch) -> None:
     """The first step over each kind of group; a model that is trained and evaluated, static, dynamic and fused."""
-    job = launch(3, "tests/jobs/compile_job.py", seconds=140)
+    job = launch(3, "tests/jobs/compile_job.py", seconds=280)
     assert job.returncode == 0, job.stdout
     for rank in range(3):
         counts = "graph breaks: 0, graphs beyond: [0, 0]"
