@@ -177,10 +177,10 @@ def test_no_compilation_beyond_nn_batch_norms(gloo) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_under_a_real_launcher(launch) -> None:
     """The first step over each kind of group; a model that is trained and evaluated, static, dynamic and fused."""
-    job = launch(3, "tests/jobs/compile_job.py", seconds=140)
+    job = launch(3, "tests/jobs/compile_job.py", seconds=280)
     assert job.returncode == 0, job.stdout
     for rank in range(3):
         counts = "graph breaks: 0, graphs beyond: [0, 0]"
@@ -191,7 +191,7 @@ def test_a_graph_break_is_counted() -> None:
     """Negative control of the count that the job prints."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    layer = syncbn.SyncBatchNorm(3)
+    layer = syncbn.SyncBatchNorm(3).requires_grad_(False)  # or torch warns of its own look at .grad
 
     def run(x: Tensor) -> Tensor:
         x = layer(x)
