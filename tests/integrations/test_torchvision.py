@@ -1,7 +1,9 @@
-"""torchvision's detectors: full training steps, with unequal numbers of images of other sizes, one rank without objects."""
+"""torchvision's detectors: full training steps, unequal numbers of images of other sizes, a rank without objects."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -63,13 +65,25 @@ def batch(step: int, empty: int) -> list[tuple[list[Tensor], list[dict[str, Tens
     return parts
 
 
-def _train(rank: int, size: int, factory: Any, empty: int) -> float:
+@contextlib.contextmanager
+def comparable() -> Iterator[None]:
+    """The samplers of anchors and proposals take the first, where they else draw; labels, in float32, follow suit."""
+    entropy = nn.functional.binary_cross_entropy_with_logits
+
+    def in_float64(x: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        return entropy(x, labels.to(x), **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        # The samplers of anchors and proposals draw for each process: here they take the first.
-        patch.setattr(torch, "randperm", lambda n, **options: torch.arange(n, **options))
+        patch.setattr(torch, "randperm", torch.arange)
+        patch.setattr(nn.functional, "binary_cross_entropy_with_logits", in_float64)
+        yield
+
+
+def _train(rank: int, size: int, factory: Any, empty: int) -> float:
+    with comparable():
         model = made(factory)
         model = syncbn.convert_sync_batchnorm(model)
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+        parallel = DistributedDataParallel(model)
         whole = made(factory)
         trained = [torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9) for net in (model, whole)]
         for step in range(2):
