@@ -20,11 +20,11 @@ import syncbn
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState  # noqa: E402
-from torchvision.models import resnet18  # noqa: E402
+from torchvision.models import shufflenet_v2_x0_5  # noqa: E402
 
 
 def _build() -> nn.Module:
-    return resnet18(num_classes=3)
+    return shufflenet_v2_x0_5(num_classes=3)
 
 
 def _train(rank: int, size: int) -> float:
