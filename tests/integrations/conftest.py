@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from integrations.comparison import with_local_statistics
-from integrations.page import lines_of, package_of
+from integrations.page import code_of, package_of
 
 BOUND = 1e-9  # of the relative difference to one process with the whole batch, in float64
 SECONDS = 120  # importing a large package takes long on a machine that others use, too
@@ -68,7 +68,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         difference = "" if found is None else f"{found:.0e}"
         package = package_of(item.path)
         tested = item.name.removeprefix("test_").replace("_", " ")
-        lines = len(lines_of(package))
+        lines = len(next(iter(code_of(package)), []))
         cells = [package, metadata.version(package), str(lines), tested, difference, report.outcome]
         item.config.stash[_rows].append(f"| {' | '.join(cells)} |")
     return report

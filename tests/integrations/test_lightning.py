@@ -71,19 +71,21 @@ def _train(rank: int, size: int, folder: Path, **options: Any) -> float:
             **options,
         )
         trainer.fit(model, loader)
+    reverted = not any(isinstance(m, syncbn.SyncBatchNorm) for m in model.modules())
+    assert reverted or "sync_batchnorm" in options
     return largest_difference(model, trained_on_whole_batches(Classifier))
-
-
-def _with_plugin(rank: int, size: int, folder: Path) -> float:
-    plugins = [LightningEnvironment(), SyncBatchNormPlugin()]
-    return _train(rank, size, folder, plugins=plugins)
 
 
 def _with_flag(rank: int, size: int, folder: Path) -> float:
     with syncbn.replace_torch_conversion():
-        return _train(rank, size, folder, plugins=[LightningEnvironment()], sync_batchnorm=True)
+        return _train(rank, size, folder, sync_batchnorm=True, plugins=[LightningEnvironment()])
 
 
-@pytest.mark.parametrize("job", [_with_plugin, _with_flag])
+def _with_plugin(rank: int, size: int, folder: Path) -> float:
+    plugins = [SyncBatchNormPlugin(), LightningEnvironment()]
+    return _train(rank, size, folder, plugins=plugins)
+
+
+@pytest.mark.parametrize("job", [_with_flag, _with_plugin])
 def test_unequal_images(agrees, job: Any, tmp_path: Path) -> None:
     agrees(job, tmp_path)

@@ -54,15 +54,16 @@ def test_ddp_with_unequal_images(agrees) -> None:
     agrees(_ddp)
 
 
-def _sharded(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
+def _shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
     for stage in (model.stage2, model.stage3, model.stage4):
         fully_shard(stage, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
 
 
 def _fsdp(rank: int, size: int) -> float:
     model = made(_build)
-    model = _sharded(syncbn.convert_sync_batchnorm(model), init_device_mesh("cpu", (size,)))
+    model = syncbn.convert_sync_batchnorm(model)
+    _shard(model, init_device_mesh("cpu", (size,)))
     _fit(model, rank)
     return largest_difference(model, trained_on_whole_batches(_build))
 
@@ -84,7 +85,7 @@ def _bfloat16(rank: int, size: int) -> list[float]:
         (SingleProcess(), "ranks", rank),
     ):
         model = made(_build).float()
-        _sharded(syncbn.convert_sync_batchnorm(model, group), mesh[ranks], mp_policy=policy)
+        _shard(syncbn.convert_sync_batchnorm(model, group), mesh[ranks], mp_policy=policy)
         _fit(model, part)
         found.append(median_difference(model, expected))
     return found
