@@ -14,11 +14,16 @@ from ._convert import convert_sync_batchnorm as convert_sync_batchnorm
 from ._convert import revert_sync_batchnorm as revert_sync_batchnorm
 from ._convert import reverted as reverted
 from ._fusion import fuse_activations as fuse_activations
+from ._in_sync import assert_in_sync as assert_in_sync
 from ._launcher import init as init
 from ._layer import SyncBatchNorm as SyncBatchNorm
+from ._mask import valid_positions as valid_positions
 from ._parallel import average_gradients as average_gradients
 from ._parallel import broadcast_parameters as broadcast_parameters
 from ._parallel import global_mean as global_mean
+from ._population import recompute_statistics as recompute_statistics
+from ._population import synchronize_statistics as synchronize_statistics
+from ._saved import saved_statistics as saved_statistics
 from ._torch_conversion import replace_torch_conversion as replace_torch_conversion
 from .comm._groups import world as world
 

@@ -61,9 +61,9 @@ def _fact(tensor: Tensor) -> str:
 
 
 def check_alike(
-    facts: Sequence[str], comm: Communicator, what: str, device: torch.device, also: Sequence[bool] = ()
+    facts: Sequence[str], comm: Communicator, what: str, device: torch.device, also: Sequence[int] = ()
 ) -> bool:
-    """Raise InputError on every rank if the replicas' `facts` differ; else tell whether `also` is alike.
+    """Raise InputError on every rank if the replicas' `facts` differ; else tell whether `also`, bytes, is alike.
 
     Only digests are compared; where they differ, the lines of rank 0 and of the first rank unlike it are sent.
     """

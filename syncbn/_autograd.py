@@ -10,7 +10,9 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from ._epilogue import Activation, Epilogue
+from ._mask import finite_outside, flat_without_values
 from ._recomputation import is_repeatable, once
+from ._saved import total_of
 from ._statistics import Running, one_value, statistics, update_running
 from .comm import Communicator
 from .errors import InputError
@@ -18,19 +20,23 @@ from .kernels import _composed as composed
 from .kernels import kernels_for
 
 
-def sync_batch_norm(x: Tensor, epilogue: Epilogue, running: Running, eps: float, comm: Communicator) -> Tensor:
+def sync_batch_norm(
+    x: Tensor, epilogue: Epilogue, running: Running, eps: float, comm: Communicator, mask: Tensor | None = None
+) -> Tensor:
     """Normalise `x` (N, C, *) with the moments of all replicas, and move the `running` statistics.
+
+    A `mask` gives each value its weight w in the sums, see `functional.sync_batch_norm`.
 
     For backward it keeps `x`, `weight` and 2C+1 numbers (mean, 1/√(σ²+ε), N), and with an activation `bias` and the
     residual; never the running statistics, so that those may move meanwhile.
 
-    Collectives: one float64 all-reduce of 2C+1 numbers, `[Σx, Σx², n]`; in a backward that needs dx one of 2C,
+    Collectives: one float64 all-reduce of 2C+1 numbers, `[Σwx, Σwx², Σw]`; in a backward that needs dx one of 2C,
     `[Σdz, Σdz·x̂]`; in the derivative of that, two more of 2C.
     """
     if torch._C._are_functorch_transforms_active():
-        y: Tensor = _Transformed.apply(x, *epilogue, running, eps, comm)[0]  # type: ignore[no-untyped-call]
+        y: Tensor = _Transformed.apply(x, *epilogue, mask, running, eps, comm)[0]  # type: ignore[no-untyped-call]
         return y
-    return _SyncBatchNorm.apply(x, *epilogue, running, eps, comm, is_repeatable())  # type: ignore[no-any-return, no-untyped-call]
+    return _SyncBatchNorm.apply(x, *epilogue, mask, running, eps, comm, is_repeatable())  # type: ignore[no-any-return, no-untyped-call]
 
 
 def forward(
@@ -40,6 +46,7 @@ def forward(
     eps: float,
     comm: Communicator,
     repeatable: bool,
+    mask: Tensor | None = None,
     *,
     move: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,13 +59,20 @@ def forward(
         eps: added to the variance.
         comm: the replicas.
         repeatable: see `is_repeatable`.
+        mask: the weights, (N, 1, *) or (N, *); None for 1.
         move: move the running statistics here, which costs next to nothing.
     """
-    if comm.size == 1 and x.numel() == x.shape[1]:  # known without asking the device
+    if comm.size == 1 and x.numel() == x.shape[1] and mask is None:  # known without asking the device
         raise one_value()
     kernels = kernels_for(x, *epilogue.tensors, *running[:3])
-    total = comm.all_reduce(kernels.moments(x))
+    total = total_of(
+        x,
+        running if move else None,
+        lambda: comm.all_reduce(kernels.moments(x) if mask is None else composed.moments(x, mask)),
+    )
     counted = once(total, running, repeatable=repeatable)
+    if mask is not None:
+        total = flat_without_values(total)  # another tensor: the running statistics move by `counted`
     y, known = kernels.normalize(x, total, epilogue, eps, running if move and counted is total else None)
     if move and counted is not total:
         update_running(running, counted)
@@ -66,7 +80,14 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, epilogue: Epilogue, known: Tensor, comm: Communicator, needs_x: bool, dtype: torch.dtype
+    dy: Tensor,
+    x: Tensor,
+    epilogue: Epilogue,
+    mask: Tensor | None,
+    known: Tensor,
+    comm: Communicator,
+    needs_x: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Return dx, or None unless `needs_x`, `[Σdz, Σdz·x̂]` of this replica alone, in `dtype`, and dz or None.
 
@@ -76,18 +97,24 @@ def backward(
         dy: gradient of the output, like `x`.
         x: input of the forward.
         epilogue: of the forward; a residual only with an activation.
+        mask: of the forward.
         known: `[mean, 1/√(σ²+ε), N]` from the forward.
         comm: the replicas.
         needs_x: compute dx, which takes an all-reduce.
         dtype: of the sums, the gradients of bias and weight.
     """
     kernels = kernels_for(dy, x, *epilogue.tensors)
+    if mask is not None:
+        x = finite_outside(x, mask)
     sums, dz = kernels.backward_sums(dy, x, known, epilogue)
     if not needs_x:
         return None, sums.to(dtype), dz
     share = sums.clone() if dtype == sums.dtype else sums.to(dtype)  # the sum over the replicas may replace `sums`
     dy, epilogue = _before_activation(dy, dz, epilogue)
-    return kernels.backward_input(dy, x, known, epilogue, comm.all_reduce(sums)), share, dz
+    sums = comm.all_reduce(sums)
+    if mask is None:
+        return kernels.backward_input(dy, x, known, epilogue, sums), share, dz
+    return composed.backward_input(dy, x, known, epilogue, sums, mask), share, dz
 
 
 def _before_activation(dy: Tensor, dz: Tensor | None, epilogue: Epilogue) -> tuple[Tensor, Epilogue]:
@@ -96,7 +123,14 @@ def _before_activation(dy: Tensor, dz: Tensor | None, epilogue: Epilogue) -> tup
 
 
 def differentiable_backward(
-    dy: Tensor, x: Tensor, epilogue: Epilogue, known: Tensor, comm: Communicator, needs_x: bool, eps: float
+    dy: Tensor,
+    x: Tensor,
+    epilogue: Epilogue,
+    mask: Tensor | None,
+    known: Tensor,
+    comm: Communicator,
+    needs_x: bool,
+    eps: float,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Do what `backward` does in operations that autograd differentiates, to any order.
 
@@ -105,14 +139,17 @@ def differentiable_backward(
     mean, invstd, count = known.detach().tensor_split([x.shape[1], 2 * x.shape[1]])
     variance = invstd.reciprocal().square() - eps
     total = torch.cat([mean * count, (variance + mean.square()) * count])
-    sums = _AllReduce.apply(composed.moments(x)[:-1], comm, total)  # type: ignore[no-untyped-call]
+    if mask is not None:
+        x = finite_outside(x, mask)
+        total = flat_without_values(torch.cat([total, count]))[:-1]
+    sums = _AllReduce.apply(composed.moments(x, mask)[:-1], comm, total)  # type: ignore[no-untyped-call]
     known = statistics(torch.cat([sums, count]), eps)
     share, dz = composed.backward_sums(dy, x, known, epilogue)
     if not needs_x:
         return None, share, dz
     sums = _AllReduce.apply(share, comm, None)  # type: ignore[no-untyped-call]
     dy, epilogue = _before_activation(dy, dz, epilogue)
-    return composed.backward_input(dy, x, known, epilogue, sums), share, dz
+    return composed.backward_input(dy, x, known, epilogue, sums, mask), share, dz
 
 
 class _AllReduce(torch.autograd.Function):
@@ -143,19 +180,20 @@ class _SyncBatchNorm(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         activation: Activation | None,
+        mask: Tensor | None,
         running: Running,
         eps: float,
         comm: Communicator,
         repeatable: bool,
     ) -> Tensor:
         epilogue = Epilogue(weight, bias, residual, activation)
-        y, known, _ = forward(x, epilogue, running, eps, comm, repeatable)
-        keep(ctx, x, epilogue, known, eps, comm)
+        y, known, _ = forward(x, epilogue, running, eps, comm, repeatable, mask)
+        keep(ctx, x, epilogue, mask, known, eps, comm)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*gradients(ctx, dy), None, None, None, None, None)
+        return (*gradients(ctx, dy), *[None] * 6)
 
 
 class _Transformed(torch.autograd.Function):
@@ -168,25 +206,27 @@ class _Transformed(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         activation: Activation | None,
+        mask: Tensor | None,
         running: Running,
         eps: float,
         comm: Communicator,
     ) -> tuple[Tensor, Tensor]:
-        return forward(x, Epilogue(weight, bias, residual, activation), running, eps, comm, is_repeatable())[:2]
+        epilogue = Epilogue(weight, bias, residual, activation)
+        return forward(x, epilogue, running, eps, comm, is_repeatable(), mask)[:2]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, *epilogue, _, eps, comm = inputs
+        x, *epilogue, mask, _, eps, comm = inputs
         ctx.mark_non_differentiable(output[1])
-        keep(ctx, x, Epilogue(*epilogue), output[1], eps, comm)
+        keep(ctx, x, Epilogue(*epilogue), mask, output[1], eps, comm)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return (*gradients(ctx, dy), None, None, None, None)
+        return (*gradients(ctx, dy), *[None] * 5)
 
 
-def keep(ctx: Any, x: Tensor, epilogue: Epilogue, known: Tensor, eps: float, comm: Any) -> None:
-    """Keep for backward what `gradients` needs: `x`, `weight` and `[mean, 1/√(σ²+ε), N]`.
+def keep(ctx: Any, x: Tensor, epilogue: Epilogue, mask: Tensor | None, known: Tensor, eps: float, comm: Any) -> None:
+    """Keep for backward what `gradients` needs: `x`, `weight`, the `mask` and `[mean, 1/√(σ²+ε), N]`.
 
     With an activation also what else z is made of. y would do for relu in the residual's place, but is no smaller.
     """
@@ -194,7 +234,7 @@ def keep(ctx: Any, x: Tensor, epilogue: Epilogue, known: Tensor, eps: float, com
     ctx.bias_dtype = None if bias is None else bias.dtype
     if activation is None:
         bias = residual = None
-    ctx.save_for_backward(x, known, weight, bias, residual)
+    ctx.save_for_backward(x, known, weight, bias, residual, mask)
     ctx.activation, ctx.eps, ctx.comm = activation, eps, comm
     ctx.set_materialize_grads(False)
 
@@ -203,7 +243,7 @@ def gradients(
     ctx: Any, dy: Tensor | None, run: Callable[..., tuple[Tensor | None, Tensor, Tensor | None]] = backward
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, weight, bias and residual from what `keep` kept; `run` does what `backward` does."""
-    x, known, weight, bias, residual = ctx.saved_tensors
+    x, known, weight, bias, residual, mask = ctx.saved_tensors
     epilogue = Epilogue(weight, bias, residual, ctx.activation)
     needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     if dy is None:
@@ -211,11 +251,11 @@ def gradients(
     if is_legacy_batchedtensor(dy) or is_batchedtensor(dy):
         raise InputError("SyncBatchNorm's backward takes one gradient at a time: is_grads_batched=True cannot be used")
     if torch.is_grad_enabled():
-        dx, share, dz = differentiable_backward(dy, x, epilogue, known, ctx.comm, needs_x, ctx.eps)
+        dx, share, dz = differentiable_backward(dy, x, epilogue, mask, known, ctx.comm, needs_x, ctx.eps)
     else:
         dtypes = {None if weight is None else weight.dtype, ctx.bias_dtype} - {None}
         dtype = dtypes.pop() if len(dtypes) == 1 else known.dtype
-        dx, share, dz = run(dy, x, epilogue, known, ctx.comm, needs_x, dtype)
+        dx, share, dz = run(dy, x, epilogue, mask, known, ctx.comm, needs_x, dtype)
     dbias, dweight = share.chunk(2)  # this replica's share, on purpose: the trainer reduces parameters' gradients
     return (
         dx,

@@ -12,19 +12,31 @@ from ._epilogue import Epilogue
 from .errors import DTypeError, InputError
 
 
-def check(input: Tensor, epilogue: Epilogue, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+def check(
+    input: Tensor,
+    epilogue: Epilogue,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mask: Tensor | None = None,
+) -> None:
     """Refuse an input that is not (N, C, *) of a floating dtype, and tensors that do not fit it.
 
     Raises:
-        InputError: a shape or a device.
+        InputError: a shape or a device, or a mask that needs a gradient.
         DTypeError: a dtype, or a kind of tensor that holds its values elsewhere (DTensor).
     """
     if torch._C._get_tracing_state() is not None:  # of torch.jit.trace, which would bake the shapes in
         return
     per_channel = (epilogue.weight, epilogue.bias, running_mean, running_var)
     residual = epilogue.residual
-    if native is not None and not torch.compiler.is_compiling() and native.fit(input, residual, *per_channel):
-        return  # the usual case, in less time
+    usual = native is not None and not torch.compiler.is_compiling() and native.fit(input, residual, *per_channel)
+    if not usual:  # else it is known already, in less time
+        _check_each(input, residual, per_channel)
+    if mask is not None:
+        _check_mask(mask, input)
+
+
+def _check_each(input: Tensor, residual: Tensor | None, per_channel: tuple[Tensor | None, ...]) -> None:
     shape = input.shape
     if len(shape) < 2:
         raise InputError(f"expected 2D or more input, got {len(shape)}D of shape {tuple(shape)}: pass (N, C, *)")
@@ -61,10 +73,32 @@ def check(input: Tensor, epilogue: Epilogue, running_mean: Tensor | None, runnin
 _PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
 
 
+def _check_mask(mask: Tensor, input: Tensor) -> None:
+    samples, _, *spatial = input.shape
+    if mask.shape not in ((samples, 1, *spatial), (samples, *spatial)):
+        raise InputError(
+            f"expected mask of shape {(samples, 1, *spatial)} or {(samples, *spatial)} for input of shape "
+            f"{tuple(input.shape)}, got {tuple(mask.shape)}: one weight for all channels of a position"
+        )
+    if mask.dtype == torch.bool:
+        _check_ordinary("mask", mask)
+    elif not mask.is_floating_point():
+        raise DTypeError(f"expected mask as bool or floating-point weights, got {mask.dtype}: pass mask.bool()")
+    else:
+        _check_kind("mask", mask)
+    if mask.requires_grad:
+        raise InputError("expected mask without a gradient, its weights are constants: pass mask.detach()")
+    _check_device("mask", mask, input)
+
+
 def _check_kind(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         remedy = "dequantize()" if tensor.is_quantized else "float()"
         raise DTypeError(f"expected floating-point {name}, got {tensor.dtype}: pass {name}.{remedy}")
+    _check_ordinary(name, tensor)
+
+
+def _check_ordinary(name: str, tensor: Tensor) -> None:
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_traced(tensor):
         raise DTypeError(
             f"expected an ordinary tensor as {name}, got a {type(tensor).__name__}, whose values are elsewhere: "
@@ -99,10 +133,10 @@ def refuse_transforms(input: Tensor) -> None:
         if transform in (_Transform.Vmap, _Transform.Jvp):
             raise InputError(
                 f"SyncBatchNorm cannot be used under torch.func.{transform.name.lower()}: use torch.func.grad or vjp, "
-                "or revert_sync_batchnorm(model) first"
+                "or syncbn.reverted(model)"
             )
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(input).tangent is not None:  # type: ignore[no-untyped-call]
-        raise InputError("SyncBatchNorm has no forward mode derivative: use backward, or revert_sync_batchnorm(model)")
+        raise InputError("SyncBatchNorm has no forward mode derivative: use backward, or syncbn.reverted(model)")
 
 
 _Transform = torch._C._functorch.TransformType

@@ -10,7 +10,7 @@ from torch import nn
 
 from ._conversion_report import ConversionReport, Skip, plan
 from ._fusion import fused_norms, undo_fusions
-from ._layer import SyncBatchNorm, Synchronised
+from ._layer import LEAF, SyncBatchNorm, Synchronised
 from ._synchronised_class import Converted
 from .comm._groups import Group, ProcessGroup, check_spec, is_first
 from .errors import ConversionError
@@ -88,6 +88,7 @@ def convert_sync_batchnorm(
         if group is not None:
             del vars(layer)["process_group"]
         layer._original_group, layer._group = group, group or Group()
+        layer.__module__ = LEAF
         layer.__class__ = cls
         ours.append(layer)
     if process_group is not None:
@@ -159,6 +160,7 @@ def revert_sync_batchnorm(module: M) -> M:
         original, group = layer._original_class, layer.__dict__.pop("_original_group")
         del layer._group
         layer.__dict__.pop("_activation", None)
+        layer.__dict__.pop("__module__", None)
         layer.__class__ = original
         if group is not None:
             layer.process_group = group.spec

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._epilogue import Activation, ActivationLike, Epilogue, activation_of
@@ -16,6 +15,8 @@ from ._statistics import Running
 from .comm._groups import Group, ProcessGroup, communicator
 from .errors import ConversionError, InputError
 from .functional import evaluate, train
+
+LEAF = "torch.nn.modules.batchnorm"  # as `__module__` of an object: tracers of torch.fx ask objects, not classes
 
 
 class Synchronised(_BatchNorm):
@@ -55,10 +56,11 @@ class Synchronised(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         """Any (N, C, *): `train` checks it. A converted layer has the check of its original class here."""
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalise `input` (N, C, *), add `residual`, of its shape and dtype, and apply the activation."""
-        if isinstance(input, Proxy):
-            return as_leaf(self, (input,) if residual is None else (input, residual))
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+        """Normalise `input` (N, C, *), add `residual`, of its shape and dtype, and apply the activation.
+
+        A `mask` (N, 1, *) or (N, *) says which values the statistics are taken over, see `sync_batch_norm`.
+        """
         self._check_input_dim(input)
         epilogue = Epilogue(self.weight, self.bias, residual, self._activation)
         tracked = not self.training or self.track_running_stats  # the condition of nn.BatchNorm
@@ -66,11 +68,11 @@ class Synchronised(_BatchNorm):
         if epilogue.weight is None and mean is None:
             self._check_channels(input)
         if not self.training:
-            return evaluate(input, epilogue, mean, var, self.eps)
+            return evaluate(input, epilogue, mean, var, self.eps, mask)
         if is_exported():
-            return epilogue.finish(self._as_in_nn(input))
+            return epilogue.finish(self._as_in_nn(input, mask))
         running = Running(mean, var, self.num_batches_tracked if tracked else None, self.momentum)
-        return train(input, epilogue, running, self.eps, self._group.key)
+        return train(input, epilogue, running, self.eps, self._group.key, mask)
 
     def _check_channels(self, input: Tensor) -> None:
         """Without parameters and buffers nothing else tells how many channels there should be."""
@@ -79,9 +81,13 @@ class Synchronised(_BatchNorm):
                 f"expected {self.num_features} channels, got {input.shape[1]} in input of shape {tuple(input.shape)}"
             )
 
-    def _as_in_nn(self, input: Tensor) -> Tensor:
+    def _as_in_nn(self, input: Tensor, mask: Tensor | None) -> Tensor:
         """Do what nn.BatchNorm does in training, for exporters and for what recognises it in their graphs."""
         self.check_is_alone()
+        if mask is not None:
+            raise ConversionError(
+                "an exported program in training has nn.BatchNorm's statistics, which know no mask: export in eval mode"
+            )
         return _BatchNorm.forward(self, input)  # super's may be another norm layer's
 
     def check_is_alone(self) -> None:
@@ -105,12 +111,6 @@ class Synchronised(_BatchNorm):
         spec = self._group.spec
         group = "" if spec is None else f", process_group={spec!r}"
         return f"{super().extra_repr()}{activation}{group}"  # type: ignore[no-untyped-call]
-
-
-def as_leaf(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-    """Return the layer's call as torch.fx notes it: a leaf, as those of torch.nn are. `args` begin with its input."""
-    tracer = args[0].tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs or {})
 
 
 def is_exported() -> bool:
@@ -183,6 +183,7 @@ class SyncBatchNorm(Synchronised, nn.BatchNorm2d, metaclass=ABCMeta):
     ) -> None:
         if num_features < 1:
             raise InputError(f"expected at least 1 channel, got {num_features=}")
+        self.__module__ = LEAF
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)  # torch < 2.10 knows no bias argument

@@ -15,29 +15,37 @@ from torch import Tensor
 from . import _autograd
 from ._checks import check
 from ._epilogue import Activation, Epilogue
-from ._recomputation import is_repeatable
+from ._recomputation import is_repeatable, once
 from ._statistics import Running, update_running
 from .comm._groups import communicator
 
 _EPILOGUE = "Tensor? weight, Tensor? bias, Tensor? residual, str activation, float slope"  # see `_flat`
 _library: Any = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    f"forward(Tensor x, {_EPILOGUE}, Tensor? mean, Tensor? var, Tensor? batches, float eps, bool repeatable, str group)"
+    f"forward(Tensor x, {_EPILOGUE}, Tensor? mask, Tensor? mean, Tensor? var, Tensor? batches, float eps, str group)"
     " -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    f"backward(Tensor dy, Tensor x, {_EPILOGUE}, Tensor known, bool needs_x, str group) -> (Tensor, Tensor, Tensor)",
+    "counted(Tensor total, Tensor? mean, Tensor? var, Tensor? batches, bool repeatable) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    f"backward(Tensor dy, Tensor x, {_EPILOGUE}, Tensor? mask, Tensor known, bool needs_x, str group)"
+    " -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-def sync_batch_norm(x: Tensor, epilogue: Epilogue, running: Running, eps: float, group: str) -> Tensor:
+def sync_batch_norm(
+    x: Tensor, epilogue: Epilogue, running: Running, eps: float, group: str, mask: Tensor | None = None
+) -> Tensor:
     """Do what `_autograd.sync_batch_norm` does, in operations that can be followed. `group` is the key of a group."""
     if torch._C._get_tracing_state() is None:  # the strides that `_forward_shapes` promises; torch.jit.trace needs none
         x = x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
-    y, _, counted = torch.ops.syncbn.forward(x, *_flat(epilogue), *running[:3], eps, not torch.is_grad_enabled(), group)
-    update_running(running, counted)
+    y, _, total = torch.ops.syncbn.forward(x, *_flat(epilogue), mask, *running[:3], eps, group)
+    repeatable = not torch.is_grad_enabled()
+    update_running(running, torch.ops.syncbn.counted(total, *running[:3], repeatable))
     return y  # type: ignore[no-any-return]
 
 
@@ -59,21 +67,27 @@ def _forward(
     residual: Tensor | None,
     activation: str,
     slope: float,
+    mask: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     batches: Tensor | None,
     eps: float,
-    repeatable: bool,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, `[mean, 1/√(σ²+ε), N]` and the total that moves the running statistics, which are only looked at."""
+    """Return y, `[mean, 1/√(σ²+ε), N]` and `[Σx, Σx², N]`; the running statistics are only looked at."""
     epilogue = _epilogue(weight, bias, residual, activation, slope)
-    check(x, epilogue, mean, var)  # jit.trace cannot before
+    check(x, epilogue, mean, var, mask)  # jit.trace cannot before
     running = Running(mean, var, batches)
-    y, known, counted = _autograd.forward(
-        x, epilogue, running, eps, communicator(group), repeatable or is_repeatable(), move=False
-    )
-    return _like(x, y), known, counted
+    y, known, total = _autograd.forward(x, epilogue, running, eps, communicator(group), False, mask, move=False)
+    return _like(x, y), known, total
+
+
+def _counted(
+    total: Tensor, mean: Tensor | None, var: Tensor | None, batches: Tensor | None, repeatable: bool
+) -> Tensor:
+    """Return what moves the running statistics, see `once`: for itself, as selective checkpointing may keep a total."""
+    counted = once(total, Running(mean, var, batches), repeatable=repeatable or is_repeatable())
+    return counted.clone() if counted is total else counted
 
 
 def _backward(
@@ -84,13 +98,14 @@ def _backward(
     residual: Tensor | None,
     activation: str,
     slope: float,
+    mask: Tensor | None,
     known: Tensor,
     needs_x: bool,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, empty unless `needs_x`, this replica's `[Σdz, Σdz·x̂]`, and dz, empty unless `_has_dz`."""
     epilogue = _epilogue(weight, bias, residual, activation, slope)
-    dx, share, dz = _autograd.backward(dy, x, epilogue, known, communicator(group), needs_x, torch.float64)
+    dx, share, dz = _autograd.backward(dy, x, epilogue, mask, known, communicator(group), needs_x, torch.float64)
     nothing = x.new_empty(0)
     return (
         nothing if dx is None else _like(x, dx),
@@ -110,12 +125,16 @@ def _like(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    known, counted = (x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64) for _ in range(2))
-    return torch.empty_like(x), known, counted
+    known, total = (x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64) for _ in range(2))
+    return torch.empty_like(x), known, total
 
 
-def _backward_shapes(dy: Tensor, x: Tensor, *epilogue_known_needs_x_group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *flat, _, needs_x, _ = epilogue_known_needs_x_group
+def _counted_shapes(total: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(total)
+
+
+def _backward_shapes(dy: Tensor, x: Tensor, *epilogue_mask_known_needs_x_group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *flat, _, _, needs_x, _ = epilogue_mask_known_needs_x_group
     dx, dz = (torch.empty_like(x) if needed else x.new_empty(0) for needed in (needs_x, _has_dz(_epilogue(*flat))))
     return dx, x.new_empty(2 * x.shape[1], dtype=torch.float64), dz
 
@@ -131,24 +150,35 @@ class _Group:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, *flat = inputs[:6]
-    *_, eps, _, group = inputs
+    x, *flat, mask = inputs[:7]
+    *_, eps, group = inputs
     ctx.mark_non_differentiable(*output[1:])
-    _autograd.keep(ctx, x, _epilogue(*flat), output[1], eps, _Group(group))
+    _autograd.keep(ctx, x, _epilogue(*flat), mask, output[1], eps, _Group(group))
 
 
 def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     def run(
-        dy: Tensor, x: Tensor, epilogue: Epilogue, known: Tensor, comm: _Group, needs_x: bool, dtype: torch.dtype
+        dy: Tensor,
+        x: Tensor,
+        epilogue: Epilogue,
+        mask: Tensor | None,
+        known: Tensor,
+        comm: _Group,
+        needs_x: bool,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        dx, share, dz = torch.ops.syncbn.backward(dy, x, *_flat(epilogue), known, needs_x, comm.key)
+        dx, share, dz = torch.ops.syncbn.backward(dy, x, *_flat(epilogue), mask, known, needs_x, comm.key)
         return dx, share, dz if _has_dz(epilogue) else None
 
     dx, *others = _autograd.gradients(ctx, dy, run)
     return dx if ctx.needs_input_grad[0] else None, *others, *[None] * 8
 
 
-for _name, _run, _shapes in (("forward", _forward, _forward_shapes), ("backward", _backward, _backward_shapes)):
+for _name, _run, _shapes in (
+    ("forward", _forward, _forward_shapes),
+    ("counted", _counted, _counted_shapes),
+    ("backward", _backward, _backward_shapes),
+):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"syncbn::{_name}", _shapes, lib=_library)
 torch.library.register_autograd("syncbn::forward", _gradients, setup_context=_keep, lib=_library)

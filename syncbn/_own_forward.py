@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
 from ._epilogue import Epilogue
-from ._layer import Synchronised, as_leaf, is_exported
+from ._layer import Synchronised, is_exported
 from ._statistics import Running
 from .errors import ConversionError
 from .functional import evaluate, train
@@ -33,8 +32,6 @@ class OwnForward:
             ConversionError: it normalised nothing, in training.
         """
         own: Any = super().forward  # type: ignore[misc]
-        if args and isinstance(args[0], Proxy):
-            return as_leaf(self, args, kwargs)
         if not catches(self):
             if self.training:
                 self.check_is_alone()

@@ -37,6 +37,11 @@ def mean_and_variance(total: Tensor) -> tuple[Tensor, Tensor]:
     return s1, (s2 - s1.square()).clamp(min=0)
 
 
+def unbiased(variance: Tensor, count: Tensor) -> Tensor:
+    """Return σ²·N/(N-1) from σ²; 0 for one value."""
+    return variance * (count / (count - 1).clamp(min=1))
+
+
 def statistics(total: Tensor, eps: float) -> Tensor:
     """Return `[mean, 1/√(σ²+ε), N]`, float64 (2C+1,), from `[Σx, Σx², N]` (2C+1,)."""
     mean, variance = mean_and_variance(total)
@@ -60,19 +65,30 @@ def update_running(running: Running, total: Tensor) -> None:
     if momentum is None or (running.mean is None and running.var is None):
         return
     mean, variance = mean_and_variance(total)
-    unbiased = variance * (count / (count - 1).clamp(min=1))
-    for buffer, value in ((running.mean, mean), (running.var, unbiased)):
+    for buffer, value in ((running.mean, mean), (running.var, unbiased(variance, count))):
         if buffer is not None:
             buffer.add_(torch.where(count > 0, momentum * (value - buffer), 0.0))
 
 
-def refuse_one_value(total: Tensor) -> None:
-    """Raise InputError where `total` ends with N = 1 value per channel over all replicas: the same on each of them.
+def refuse_total(total: Tensor) -> None:
+    """Raise InputError where `total` ends with an N that `refuse_count` refuses: the same on all replicas.
 
     On the CPU only, where reading the number does not wait for a device, and where there is a number.
     """
-    if are_plain([total], "cpu") and total[-1].item() == 1:
-        raise one_value()
+    if are_plain([total], "cpu"):
+        refuse_count(total[-1].item())
+
+
+def refuse_count(count: float) -> None:
+    """Raise InputError where N values per channel over all replicas have no variance, unless there are none at all."""
+    if count > 1 or count == 0:
+        return
+    if count != count:  # see `weights_of`
+        raise InputError(
+            "expected a mask of finite weights that are not negative, got others on at least one replica: look at "
+            "(mask < 0).any() and mask.isfinite().all(), or pass a bool mask"
+        )
+    raise one_value()
 
 
 def one_value() -> InputError:

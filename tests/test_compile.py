@@ -178,14 +178,31 @@ def test_no_compilation_beyond_nn_batch_norms(gloo) -> None:
 
 @pytest.mark.launcher
 @pytest.mark.timeout(150)
-def test_the_first_step_under_a_real_launcher(launch) -> None:
+def test_under_a_real_launcher(launch) -> None:
+    """The first step over each kind of group; a model that is trained and evaluated, static, dynamic and fused."""
     job = launch(3, "tests/jobs/compile_job.py", seconds=140)
     assert job.returncode == 0, job.stdout
     for rank in range(3):
-        assert f"compiled: {launch.world} rank {rank} of 3" in job.stdout
+        counts = "graph breaks: 0, graphs beyond: [0, 0]"
+        assert f"compiled: {launch.world} rank {rank} of 3, {counts}" in job.stdout
+
+
+def test_a_graph_break_is_counted() -> None:
+    """Negative control of the count that the job prints."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layer = syncbn.SyncBatchNorm(3)
+
+    def run(x: Tensor) -> Tensor:
+        x = layer(x)
+        torch._dynamo.graph_break()
+        return layer(x)
+
+    torch.compile(run, backend="aot_eager")(torch.randn(4, 3))
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 1
 
 
 def test_only_the_output_of_the_operation_has_a_gradient() -> None:
     x = torch.randn(4, 2, requires_grad=True)
-    outputs = torch.ops.syncbn.forward(x, None, None, None, "", 0.0, None, None, None, 1e-5, False, "world")
+    outputs = torch.ops.syncbn.forward(x, None, None, None, "", 0.0, None, None, None, None, 1e-5, "world")
     assert [output.requires_grad for output in outputs] == [True, False, False]

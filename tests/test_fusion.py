@@ -374,12 +374,6 @@ def test_a_model_traced_by_jit():
     assert_tensor_close(torch.jit.trace(model, x)(x), model(x))
 
 
-def test_an_exported_model():
-    model = fused(varied()).eval()
-    x = images(2)
-    assert_tensor_close(torch.export.export(model, (x,)).module()(x), model(x))
-
-
 def _ddp(rank: int, size: int, backend: str) -> None:
     torch._dynamo.reset()
     whole = varied()

@@ -18,7 +18,7 @@ from reference import (
     whole_batch,
 )
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import syncbn
 from syncbn import SyncBatchNorm
@@ -88,22 +88,6 @@ def test_reset():
     assert_same_state(layer, nn.BatchNorm1d(3).state_dict())
 
 
-def test_update_bn_averages_over_all_batches_and_replicas():
-    batches = [random_batch([(4, 3)] * 2, mean=seed, seed=seed) for seed in range(3)]
-    expected = whole_batch(*batches, momentum=None)
-
-    def replica(comm):
-        model = nn.Sequential(trained(SyncBatchNorm(3, process_group=comm).double())).eval()
-        update_bn([batch.xs[comm.rank] for batch in batches], model)
-        return model[0]
-
-    for layer in run_threads(2, replica):
-        torch.testing.assert_close(layer.running_mean, expected.running_mean[0], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(layer.running_var, expected.running_var[0], rtol=1e-12, atol=1e-12)
-        assert layer.momentum == 0.1
-        assert not layer.training
-
-
 # Eval
 
 
@@ -129,28 +113,6 @@ def test_eval_leaves_the_statistics_alone():
     before = copy.deepcopy(layer.state_dict())
     layer(torch.randn(4, 3))
     assert_same_state(layer, before)
-
-
-def test_eval_exports():
-    layer = trained(SyncBatchNorm(3)).eval()
-    x = torch.randn(2, 3, 4, 4)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
-    assert torch.equal(program.module()(x), layer(x))
-    x = torch.randn(5, 3, 4, 4)
-    assert torch.equal(program.module()(x), layer(x))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_eval_traces():
-    layer = trained(SyncBatchNorm(3)).eval()
-    x = torch.randn(2, 3, 4, 4)
-    assert torch.equal(torch.jit.trace(layer, x)(x), layer(x))
-
-
-@pytest.mark.filterwarnings("ignore")  # torch's own, of what it uses itself
-def test_eval_exports_to_onnx():
-    program = torch.onnx.export(trained(SyncBatchNorm(3)).eval(), (torch.randn(2, 3, 4, 4),), dynamo=True)
-    assert "BatchNormalization" in {node.op_type for node in program.model.graph}
 
 
 # state_dict

@@ -54,24 +54,13 @@ def test_the_layer_is_a_leaf_of_torch_fx(training: bool) -> None:
     assert torch.equal(traced(x), copy.deepcopy(net)(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_quantisation_aware_training_by_fx_keeps_the_layer() -> None:
-    from torch.ao.quantization import get_default_qat_qconfig_mapping
-    from torch.ao.quantization.quantize_fx import prepare_qat_fx
-
-    net = convert_sync_batchnorm(model()).train()
-    prepared = prepare_qat_fx(net, get_default_qat_qconfig_mapping(), (images(),))
-    assert sum(isinstance(m, SyncBatchNorm) for m in prepared.modules()) == 1
-    prepared(images()).sum().backward()
-
-
 # torch.jit
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_script_says_to_revert_first() -> None:
     net = convert_sync_batchnorm(model())
-    with pytest.raises(ConversionError, match=r"torch.jit.script.*syncbn.reverted\(model\)"):
+    with pytest.raises(ConversionError, match=r"torch.jit.script.*script syncbn.reverted\(model\)"):
         torch.jit.script(net)
     torch.jit.script(syncbn.revert_sync_batchnorm(net))
 
@@ -128,7 +117,7 @@ def test_onnx_export_in_training_is_that_of_nn_batch_norm(dynamo: bool, tmp_path
 
 def test_export_in_training_with_peers_is_refused() -> None:
     net = convert_sync_batchnorm(model(), process_group=Unreachable()).train()
-    with pytest.raises(ConversionError, match=r"an exported program has no replicas.*syncbn.reverted"):
+    with pytest.raises(ConversionError, match=r"an exported program has no replicas.*export syncbn.reverted\(model\)"):
         torch.export.export(net, (images(),))
 
 
@@ -161,7 +150,8 @@ def test_a_dispatch_mode_sees_the_layer_as_an_operation() -> None:
     net = convert_sync_batchnorm(model())
     with Watching() as mode:
         assert_trains_as_nn(net)
-    assert [name for name in mode.seen if "syncbn" in name] == ["syncbn::forward", "syncbn::backward"]
+    seen = [name for name in mode.seen if "syncbn" in name]
+    assert seen == ["syncbn::forward", "syncbn::counted", "syncbn::backward"]
 
 
 def test_a_mode_does_not_cost_the_second_derivative() -> None:

@@ -280,7 +280,7 @@ def test_momentum_on_the_device_is_not_read_back(launches, monkeypatch):
 
     momentum, total = torch.tensor(0.25), packed(torch.ones(3).double(), torch.full((3,), 5.0).double(), 2)
     monkeypatch.setattr(torch.Tensor, "item", refuse)
-    monkeypatch.setattr(_triton, "refuse_one_value", lambda total: None)
+    monkeypatch.setattr(_triton, "refuse_total", lambda total: None)
     running = Running(torch.zeros(3), None, None, momentum)
     _triton.normalize(torch.ones(2, 3), total, Epilogue(), EPS, running)
     assert running.mean.tolist() == [0.125] * 3
@@ -548,7 +548,7 @@ from syncbn.kernels import _triton
 
 triton.runtime.driver.set_active(Driver())
 torch.version.cuda = "12.8"  # as the driver says: what is compiled for CUDA alone is then given, too
-_triton.refuse_one_value = lambda total: None
+_triton.refuse_total = lambda total: None
 x, total, kept = torch.randn(8, 16, 4, 4), torch.ones(33).double(), torch.zeros(16)
 for weight, momentum, batches, mean in itertools.product(
     (None, torch.ones(16)), (0.3, 1, torch.tensor(0.3), None), (None, torch.tensor(0)), (None, kept)

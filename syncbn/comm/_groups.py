@@ -1,7 +1,7 @@
 """The registry: from what the user calls a group to a key, and from a key to the one communicator of that group.
 
     spec   None | "world" | "node" | int | native handle | Communicator
-    key    a string that names the group in this process: "world", "node", "4", "ProcessGroup 3"
+    key    a string that names the group in this process: "world", "node", "4", "parts 0,2 1,3", "ProcessGroup 3"
 
 A key costs nothing and says nothing of other ranks; the communicator is made when it is first asked for, once a group.
 Handles are held weakly: a group that its owner destroys is gone, and what was made for it is released.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -102,8 +102,31 @@ def _part(key: str) -> Communicator:
                 f"{type(whole).__name__} cannot be divided into groups: give it a split method, or pass a "
                 "communicator of the group itself"
             )
-        part = _parts[key] = whole.split(_nodes(whole) if key == "node" else consecutive(whole.size, int(key)))
+        part = _parts[key] = whole.split(_partition(key, whole))
     return part
+
+
+def _partition(key: str, whole: Communicator) -> list[list[int]]:
+    if key == "node":
+        return _nodes(whole)
+    if key.startswith(_PARTS):
+        return [[int(rank) for rank in part.split(",")] for part in key.removeprefix(_PARTS).split()]
+    return consecutive(whole.size, int(key))
+
+
+def key_of_parts(partition: Sequence[Sequence[int]]) -> str:
+    """Return the key of this rank's part of the world, in a partition of all its ranks.
+
+    Example:
+        >>> key_of_parts([[0, 2], [1, 3]]), key_of_parts([[0, 1, 2, 3]])
+        ('parts 0,2 1,3', 'world')
+    """
+    if len(partition) == 1:
+        return "world"
+    return _PARTS + " ".join(",".join(map(str, part)) for part in partition)
+
+
+_PARTS = "parts "
 
 
 def _nodes(comm: Communicator) -> list[list[int]]:
@@ -299,7 +322,7 @@ def communicator(key: str) -> Communicator:
     native = _natives.get(key)
     if native is not None:
         return native.communicator()
-    if key == "node" or key.isdecimal():
+    if key == "node" or key.isdecimal() or key.startswith(_PARTS):
         return _part(key)
     comm = by_key.get(key)
     if comm is None:

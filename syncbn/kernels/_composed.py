@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .._epilogue import Epilogue
-from .._statistics import Running, refuse_one_value, update_running
+from .._mask import inside, weights_of
+from .._statistics import Running, refuse_total, update_running
 from .._statistics import statistics as statistics_of
 
 
@@ -21,22 +22,28 @@ def takes(*tensors: Tensor | None) -> bool:
     return True
 
 
-def moments(x: Tensor) -> Tensor:
-    """Return `[Σx, Σx², n]`; with d = x - p, Σx = Σd + n·p and Σx² = Σd² + 2p·Σd + n·p²."""
-    values = _wide(x)
-    count = x.numel() // max(x.shape[1], 1)
-    pivot = _sum(values.detach()) / max(count, 1)
+def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return `[Σwx, Σwx², Σw]`, with weights w = 1 unless there is a `mask`, (N, 1, *) or (N, *).
+
+    With d = x - p and n = Σw, Σwx = Σwd + n·p and Σwx² = Σwd² + 2p·Σwd + n·p².
+    """
+    values, weights = _wide(x), None
+    if mask is None:
+        n = torch.full((1,), x.numel() // max(x.shape[1], 1), dtype=torch.float64, device=x.device)
+    else:
+        weights = weights_of(mask, values)
+        values, n = inside(values, weights), weights.sum(dtype=torch.float64).view(1)
+    pivot = (_sum(values.detach(), weights) / n.clamp(min=1)).to(values.dtype)
     d, p = values - _view(pivot, x), pivot.double()
-    d1, d2 = _sum(d).double(), _sum(d.square()).double()
-    n = torch.full((1,), count, dtype=torch.float64, device=x.device)
-    return torch.cat([d1 + count * p, d2 + 2 * p * d1 + count * p * p, n])
+    d1, d2 = _sum(d, weights).double(), _sum(d.square(), weights).double()
+    return torch.cat([d1 + n * p, d2 + 2 * p * d1 + n * p * p, n])
 
 
 def normalize(
     x: Tensor, total: Tensor, epilogue: Epilogue, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor]:
     """Return y and `[mean, 1/√(σ²+ε), N]`; move the running statistics."""
-    refuse_one_value(total)
+    refuse_total(total)
     of = statistics_of(total, eps)
     y = epilogue.finish(_affine(x, of, epilogue))
     if running is not None:
@@ -47,27 +54,39 @@ def normalize(
 def backward_sums(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor | None]:
     """Return `[Σdz, Σdz·x̂]`, and dz if there is an activation."""
     mean, invstd, _ = _parts(statistics)
-    grads, values = _wide(dy), _wide(x)
-    if epilogue.activation is not None:
-        grads = epilogue.gradient(grads, _affine(x, statistics, epilogue))
+    grads, values = _gradient(dy, x, statistics, epilogue), _wide(x)
     pivot = mean.detach().to(values.dtype)
     t1, t2 = _sum(grads).double(), _sum(grads * (values - _view(pivot, x))).double()
     sums = torch.cat([t1, (t2 + (pivot - mean) * t1) * invstd])
     return sums, None if epilogue.activation is None else _in_format_of(x, grads.to(x.dtype))
 
 
-def backward_input(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue, sums: Tensor) -> Tensor:
-    """Return weight/√(σ²+ε)·(dy - T1/N - x̂·T2/N), with a pivot of dy, too."""
+def backward_input(
+    dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue, sums: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Return weight/√(σ²+ε)·(dz - w·(T1 + x̂·T2)/N), with a pivot of dz, too; w as in `moments`."""
     mean, invstd, count = _parts(statistics)
     mean_dy, mean_dy_xhat = (sums / count.clamp(min=1)).chunk(2)
-    grads, values = _wide(dy), _wide(x)
+    grads, values = _gradient(dy, x, statistics, epilogue), _wide(x)
     pivot, dy_pivot = mean.detach().to(values.dtype), mean_dy.detach().to(values.dtype)
     dy_scale = invstd if epilogue.weight is None else invstd * epilogue.weight
     scale = -dy_scale * invstd * mean_dy_xhat
     shift = (pivot - mean) * scale + (dy_pivot - mean_dy) * dy_scale
     dy_scale, scale, shift = (_view(k.to(values.dtype), x) for k in (dy_scale, scale, shift))
-    dx = (grads - _view(dy_pivot, x)) * dy_scale + (values - _view(pivot, x)) * scale + shift
+    pivot, dy_pivot = _view(pivot, x), _view(dy_pivot, x)
+    if mask is None:
+        dx = (grads - dy_pivot) * dy_scale + (values - pivot) * scale + shift
+    else:
+        weights = weights_of(mask, values)
+        values = inside(values, weights)
+        dx = (grads - weights * dy_pivot) * dy_scale + weights * ((values - pivot) * scale + shift)
     return _in_format_of(x, dx.to(x.dtype))
+
+
+def _gradient(dy: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
+    """Return dz, the gradient of weight·x̂ + bias, in the dtype of the work per value."""
+    grads = _wide(dy)
+    return grads if epilogue.activation is None else epilogue.gradient(grads, _affine(x, statistics, epilogue))
 
 
 def _affine(x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
@@ -86,9 +105,9 @@ def _wide(x: Tensor) -> Tensor:
     return _KeepFormat.apply(x).to(torch.float64 if x.dtype == torch.float64 else torch.float32)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _sum(values: Tensor) -> Tensor:
+def _sum(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum all but the channels, (C,)."""
-    return values.sum([0, *range(2, values.dim())])
+    return (values if weights is None else values * weights).sum([0, *range(2, values.dim())])
 
 
 def _view(vector: Tensor, x: Tensor) -> Tensor:

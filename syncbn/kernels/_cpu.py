@@ -8,7 +8,7 @@ from torch import Tensor, get_num_threads
 from .. import _native
 from .._epilogue import Epilogue
 from .._plain import not_wrapped
-from .._statistics import Running, one_value
+from .._statistics import Running, refuse_count
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -32,8 +32,7 @@ def normalize(
     if running is not None:  # as every in-place operation does
         torch.autograd.graph.increment_version([t for t in running[:3] if t is not None])
     epilogue = _dense_residual(epilogue, x)
-    if _native.normalize(get_num_threads(), x, y, total, statistics, epilogue, eps, running) == 1:
-        raise one_value()
+    refuse_count(_native.normalize(get_num_threads(), x, y, total, statistics, epilogue, eps, running))
     return y, statistics
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._epilogue import Epilogue
 from .._plain import are_plain
-from .._statistics import Running, refuse_one_value
+from .._statistics import Running, refuse_total
 
 log = logging.getLogger("syncbn")
 
@@ -53,7 +53,7 @@ def normalize(
     x: Tensor, total: Tensor, epilogue: Epilogue, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor]:
     """Return y and `[mean, 1/√(σ²+ε), N]`; move the running statistics."""
-    refuse_one_value(total)
+    refuse_total(total)
     x, work = _dense(x)
     y, statistics = torch.empty_like(x), x.new_empty(total.shape, dtype=torch.float64)
     activation, slope = epilogue.activation or _IDENTITY
