@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: launch/setup.sh [--dev]
+# Usage: launch/setup.sh [--dev | --integrations]
 #
 # Makes the virtual environment .venv-syncbn in the repository root, with the packages that constraints.txt pins and
 # syncbn itself, editable, for the examples, torchrun and mpirun. (Horovod: launch/install_horovod.sh.) Does nothing if it
@@ -7,18 +7,20 @@
 # name that it has not made itself.
 #
 # Options:
-#   --dev     also what launch/test.sh needs
-#   --help    this text
+#   --dev            also what launch/test.sh needs
+#   --integrations   instead, the packages of launch/integrations.txt, for launch/test-integrations.sh
+#   --help           this text
 #
 # PYTHON names the Python to use (3.10 or newer); else the first good one of python3, python3.14, ... python3.10.
 # SYNCBN_VENV names another folder for the environment; the launch scripts look there too.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-extras=examples,mpi
+extras=examples,mpi pins=constraints.txt
 case ${1-} in
   '') ;;
   --dev) extras=dev ;; # contains the other two
+  --integrations) extras=integrations pins=launch/integrations.txt ;;
   -h | --help) print_help && exit ;;
   *) usage_error "unknown option $1" ;;
 esac
@@ -48,7 +50,7 @@ if [[ -e $environment && ! -f $ours && ! (-d $environment && ! $(ls -A "$environ
 fi
 
 # What a complete environment was made from; the path is part of it, as an environment cannot be moved.
-key=$({ pwd && cat pyproject.toml constraints.txt csrc/*; } | sha256sum | cut -c1-64)
+key=$({ pwd && cat pyproject.toml "$pins" csrc/*; } | sha256sum | cut -c1-64)
 if [[ -f $stamp ]] && "$environment/bin/python" -c '' 2>/dev/null; then
   read -r old_key old_extras <"$stamp"
   if [[ $old_key == "$key" && ($old_extras == "$extras" || $old_extras == dev) ]]; then
@@ -71,9 +73,11 @@ rm -f "$stamp"
 [[ ${SYNCBN_BUILD_NATIVE:-1} =~ ^(0|false|off|no)$ ]] || tool "${CXX:-c++}" "on Debian and Ubuntu apt install g++, set CXX to a C++ compiler," \
   "or set SYNCBN_BUILD_NATIVE=0 to do without the compiled kernels" >/dev/null
 
-say "installing syncbn[$extras] and the packages of constraints.txt (a few minutes, most of it PyTorch)"
+packages=(--editable ".[$extras]")
+[[ $extras != integrations ]] || packages=(--requirement "$pins" --editable .)
+say "installing syncbn[$extras] and the packages of $pins (a few minutes, most of it PyTorch)"
 # These two reach the environment of the build as well. Paths are relative: pip splits the value at spaces.
-export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
-"$environment/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+export PIP_CONSTRAINT=$pins PIP_BUILD_CONSTRAINT=constraints.txt
+"$environment/bin/python" -m pip install --quiet --disable-pip-version-check "${packages[@]}"
 echo "$key $extras" >"$stamp"
 say "done: . $environment/bin/activate, or start jobs with launch/torchrun.sh and launch/mpirun.sh"
