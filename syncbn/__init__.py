@@ -9,14 +9,17 @@ Start the job with torchrun, mpirun, horovodrun or srun, and in the script::
 from . import comm as comm
 from . import errors as errors
 from . import functional as functional
+from ._conversion_report import ConversionReport as ConversionReport
 from ._convert import convert_sync_batchnorm as convert_sync_batchnorm
 from ._convert import revert_sync_batchnorm as revert_sync_batchnorm
+from ._convert import reverted as reverted
 from ._fusion import fuse_activations as fuse_activations
 from ._launcher import init as init
 from ._layer import SyncBatchNorm as SyncBatchNorm
 from ._parallel import average_gradients as average_gradients
 from ._parallel import broadcast_parameters as broadcast_parameters
 from ._parallel import global_mean as global_mean
+from ._torch_conversion import replace_torch_conversion as replace_torch_conversion
 from .comm._groups import world as world
 
 __version__ = "0.1.0"

@@ -2,79 +2,123 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NoReturn, TypeVar
+import copy
+import logging
+from typing import Any, Literal, TypeVar, overload
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
-from ._epilogue import NAMES, Activation, known_activation
-from ._fusion import fused_norms, is_bare, undo_fusions
-from ._generated import Generated
+from ._conversion_report import ConversionReport, Skip, plan
+from ._fusion import fused_norms, undo_fusions
 from ._layer import SyncBatchNorm, Synchronised
-from .comm._groups import Group, ProcessGroup, check_spec
+from ._synchronised_class import Converted
+from .comm._groups import Group, ProcessGroup, check_spec, is_first
 from .errors import ConversionError
 
 M = TypeVar("M", bound=nn.Module)
+log = logging.getLogger("syncbn")
 
-_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
-
-def convert_sync_batchnorm(module: M, process_group: ProcessGroup = None) -> M:
+@overload
+def convert_sync_batchnorm(
+    module: M, process_group: ProcessGroup = None, *, skip: Skip = (), dry_run: Literal[False] = False
+) -> M: ...
+@overload
+def convert_sync_batchnorm(
+    module: nn.Module, process_group: ProcessGroup = None, *, skip: Skip = (), dry_run: Literal[True]
+) -> ConversionReport: ...
+def convert_sync_batchnorm(
+    module: M, process_group: ProcessGroup = None, *, skip: Skip = (), dry_run: bool = False
+) -> M | ConversionReport:
     """Make every BatchNorm1d/2d/3d and nn.SyncBatchNorm in `module` synchronise, in place.
 
     Each keeps its identity: parameters, buffers, hooks, flags and aliases stay, an optimizer made before still updates
     it, `isinstance(layer, nn.BatchNorm2d)` stays true. `revert_sync_batchnorm` undoes it. Converting twice is
     converting once. Other modules (InstanceNorm, GroupNorm) are not touched. Issues no collective.
 
-    timm's BatchNormAct2d is taken with its activation, if that is one which `SyncBatchNorm` can apply: the layer goes
-    by its `act`, also if that is replaced later. `fuse_activations` does the like for other models.
+    A subclass with a forward of its own (timm's BatchNormAct2d; one that returns `super().forward(x).relu()`) keeps it.
+    What is synchronised in training is its call of `super().forward`, `F.batch_norm` or `torch.batch_norm`, with the
+    running statistics that it gives. If it counts num_batches_tracked itself, so it does when a checkpoint repeats it.
 
     An nn.SyncBatchNorm keeps its own process group where `process_group` is None. It is no longer an
-    `nn.SyncBatchNorm` then, so that DDP takes it on a CPU too.
+    `nn.SyncBatchNorm` then, so that DDP takes it on a CPU too. Horovod's, apex's and detectron2's layers, which are
+    nn.BatchNorms that synchronise by themselves, are converted as well, from then on with our forward.
+
+    A model in DDP or torch.compile is converted within it.
+
+    The report goes to the logger "syncbn" on the first replica: as a warning where something looks like a batch norm
+    layer and is none, or where nothing is synchronised, else as information.
 
     Args:
-        module: the model, or a norm layer itself; not yet wrapped in DDP or FSDP.
+        module: the model, or a norm layer itself; not wrapped in FSDP.
         process_group: the replicas, see `SyncBatchNorm`.
+        skip: what is left as it is: paths of modules, classes, or a function of path and module; one or several. What
+            is inside a module that is skipped is skipped.
+        dry_run: change nothing, and return the report.
 
     Returns:
-        `module` itself.
+        `module` itself; in a dry run the report.
 
     Raises:
-        ConversionError: a norm layer is lazy, has a forward of its own, or is a BatchNormAct2d with another activation
-            or with dropout, or the model is wrapped already. Nothing has been changed then.
+        ConversionError: a norm layer is lazy, its forward was replaced on the object, it derives from nn.SyncBatchNorm
+            and changes it, or the model is in FSDP; all of them are named. Or `skip` names what is not there. Nothing
+            has been changed then.
         GroupError: `process_group` is not a group.
 
     Example:
         >>> from torch import nn
         >>> convert_sync_batchnorm(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)))[1]
         SyncBatchNorm2d(4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+        >>> print(convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)), skip="0", dry_run=True))
+        norm layers: 1 converted, 1 skipped, 0 refused, 0 left
+          converted 1: BatchNorm2d
+          skipped 0: skip='0'
     """
     check_spec(process_group)
-    _refuse_wrapped(module)
-    layers: list[Any] = [m for m in module.modules() if isinstance(m, _BatchNorm) and not isinstance(m, Synchronised)]
-    classes = [_class_for(layer) for layer in layers]  # all checks come before the first change
-    # nn.SyncBatchNorm keeps its group in an attribute, which gives way to our property and comes back in revert.
-    groups = [Group(layer.__dict__.get("process_group")) for layer in layers]
-    for layer, cls, group in zip(layers, classes, groups, strict=True):
-        layer.__dict__.pop("process_group", None)
+    pairs, report = plan(module, skip)  # all checks come before the first change
+    if dry_run:
+        return report
+    if report.refused:
+        reasons = "; ".join(f"{path or 'the model'}: {reason}" for path, reason in report.refused.items())
+        raise ConversionError(f"cannot be converted, and nothing was (skip=[...] leaves them out): {reasons}")
+    # A layer that synchronised already keeps its group in an attribute, which gives way to our property.
+    groups = [Group(layer.__dict__.get("process_group") if cls._has_group else None) for layer, cls in pairs]
+    for (layer, cls), group in zip(pairs, groups, strict=True):
+        if cls._has_group:
+            layer.__dict__.pop("process_group", None)
         layer._original_group = layer._group = group
         layer.__class__ = cls
     if process_group is not None:
         for m in module.modules():
             if isinstance(m, Synchronised):
-                m.process_group = process_group
+                m._group = Group(process_group)
+    _log(report, module)
     return module
 
 
-def _refuse_wrapped(module: nn.Module) -> None:
-    for m in module.modules():
-        if _WRAPPERS & {base.__name__ for base in type(m).__mro__}:
-            raise ConversionError(
-                f"{type(m).__name__} holds references to the parameters and buffers it was made with: convert the "
-                "model first, then wrap it"
-            )
+def _log(report: ConversionReport, module: nn.Module) -> None:
+    if is_first():
+        nothing = not any(isinstance(m, Synchronised) for m in module.modules())
+        log.log(logging.WARNING if nothing or report.left else logging.INFO, "convert_sync_batchnorm: %s", report)
+
+
+def reverted(module: M) -> M:
+    """Return a deep copy of `module` in which every converted layer has its original class back.
+
+    For what takes the model elsewhere: `torch.save` of a whole model that opens without syncbn, torch.jit.script,
+    quantisation, folding into convolutions, torch's own converter. The copy shares nothing with `module`, and is on the
+    same devices. Of a model in DDP or torch.compile, copy what is inside. Issues no collective.
+
+    Raises:
+        ConversionError: as `revert_sync_batchnorm`.
+
+    Example:
+        >>> from torch import nn
+        >>> model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(4)))
+        >>> type(reverted(model)[0]).__name__, type(model[0]).__name__
+        ('BatchNorm1d', 'SyncBatchNorm1d')
+    """
+    return revert_sync_batchnorm(copy.deepcopy(module))
 
 
 def revert_sync_batchnorm(module: M) -> M:
@@ -97,120 +141,28 @@ def revert_sync_batchnorm(module: M) -> M:
         BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
     fused = fused_norms(module)
-    converted: list[Any] = [m for m in module.modules() if isinstance(m, _Converted)]
+    converted: list[Any] = [m for m in module.modules() if isinstance(m, Converted)]
     for layer in converted:
         if "_original_class" not in vars(type(layer)):
             raise ConversionError(
                 f"{type(layer).__name__} was made from a converted layer: undo that first (remove the parametrization, "
                 "unwrap the model), then revert"
             )
-        if layer._activation is not None and layer not in fused and type(layer)._activation is None:
+        if layer._activation is not None and layer not in fused:
             raise ConversionError(
                 f"{type(layer).__name__} applies {layer._activation}, which {layer._original_class.__name__} cannot: "
                 "set activation=None, and apply it behind the layer"
             )
     undo_fusions(module, fused)
     for layer in converted:
-        original, group = layer._original_class, layer.__dict__.pop("_original_group")
+        original, has_group = layer._original_class, layer._has_group
+        group = layer.__dict__.pop("_original_group")
         del layer._group
         layer.__dict__.pop("_activation", None)
         layer.__class__ = original
-        if original is nn.SyncBatchNorm:
+        if has_group:
             layer.process_group = group.spec
     return module
-
-
-class _Converted(Generated):
-    """Marks the generated classes."""
-
-
-def _class_for(layer: Any) -> Any:
-    """Return the class that synchronises `layer`, or raise ConversionError."""
-    if "forward" in layer.__dict__:
-        raise ConversionError(
-            f"the forward of this {type(layer).__name__} was replaced on the object itself: take that off first, or "
-            "convert before"
-        )
-    if "process_group" in layer.__dict__ and not isinstance(layer, nn.SyncBatchNorm):
-        raise ConversionError(
-            f"{type(layer).__name__} has a `process_group` of its own, which would be lost: rename it"
-        )
-    original: Any = type(layer)
-    if _has_forward_of_timm(original):
-        _activation_of(layer)
-        if not (is_bare(layer.act) and is_bare(layer.drop)):
-            raise ConversionError(
-                f"`act` or `drop` of this {original.__name__} has hooks, or a forward put on the object, which would "
-                "not be called: take them off first"
-            )
-    if not parametrize.is_parametrized(layer):
-        return _synchronised(original)
-    # torch gave the layer a class of its own, and goes back to its first base when the parametrization is removed.
-    base = _synchronised(original.__bases__[0])
-    properties = {name: value for name, value in vars(original).items() if name not in ("__dict__", "__weakref__")}
-    return type(f"Parametrized{base.__name__}", (base,), {**properties, "_original_class": original})
-
-
-@functools.cache
-def _synchronised(original: Any) -> Any:
-    """Return the class `Sync<Original>(Synchronised, Original)`, made once; to isinstance a SyncBatchNorm."""
-    name = f"{original.__module__}.{original.__qualname__}"
-    if issubclass(original, nn.modules.lazy.LazyModuleMixin):
-        raise ConversionError(f"{name} has no shape yet: run one batch through the model first, then convert")
-    if issubclass(original, nn.SyncBatchNorm) and original is not nn.SyncBatchNorm:
-        raise ConversionError(f"{name} derives from nn.SyncBatchNorm: let it derive from syncbn.SyncBatchNorm")
-    activates = _has_forward_of_timm(original)
-    if not activates and original.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-        raise ConversionError(
-            f"{name} has a forward of its own, which would be lost: convert the other submodules one by one, or let it "
-            "derive from syncbn.SyncBatchNorm"
-        )
-    namespace: dict[str, Any] = {
-        "__doc__": f"{original.__name__} with the statistics of all replicas.",
-        "__module__": __name__,
-        "_original_class": original,
-        "_made_by": staticmethod(_synchronised),
-        "_check_input_dim": original._check_input_dim,
-    }
-    if activates:
-        namespace["_activation"] = property(_activation_of, _refuse_activation)
-    if original is nn.SyncBatchNorm:  # not a base: DDP refuses CPU modules that contain one; filters look for the other
-        name, base = "SyncBatchNorm", nn.BatchNorm2d
-    else:
-        name, base = f"Sync{original.__name__}", original
-    return SyncBatchNorm.register(type(name, (_Converted, Synchronised, base), namespace))
-
-
-# timm's BatchNormAct2d: y = act(drop(norm(x))), where `act` and `drop` are children of the layer
-
-
-def _has_forward_of_timm(cls: Any) -> bool:
-    """Whether instances of `cls` run timm's forward, as timm wrote it."""
-    return any(
-        (base.__module__, base.__name__) == ("timm.layers.norm_act", "BatchNormAct2d")
-        and vars(base).get("forward") is cls.forward
-        and cls.forward.__qualname__ == "BatchNormAct2d.forward"
-        for base in cls.__mro__
-    )
-
-
-def _activation_of(layer: Any) -> Activation | None:
-    """Return what `act` is now; it may be replaced at any time."""
-    if type(layer.drop) is not nn.Identity:
-        raise ConversionError(
-            f"{layer.drop} as `drop` of the BatchNormAct2d, before `act`, would be lost: set it to nn.Identity()"
-        )
-    activation = known_activation(layer.act)
-    if activation is None and type(layer.act) is not nn.Identity:
-        raise ConversionError(
-            f"{layer.act} as `act` of the BatchNormAct2d cannot be fused, only {', '.join(NAMES)} of torch.nn can: set "
-            "`act` to one of these, or to nn.Identity() and apply it behind the layer"
-        )
-    return activation
-
-
-def _refuse_activation(layer: Any, value: object) -> NoReturn:
-    raise ConversionError(f"{type(layer).__name__} takes its activation from `act`: set that")
 
 
 SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)

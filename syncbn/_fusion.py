@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
 from ._epilogue import Activation, known_activation
 from ._generated import Generated
 from ._layer import Synchronised
+from ._own_forward import OwnForward, catches
 from .errors import ConversionError
 
 
@@ -42,7 +43,8 @@ def fuse_activations(model: nn.Module) -> list[Fusion]:
 
     - directly behind a norm layer in an nn.Sequential, or in a subclass that has its forward. Sequentials within
       Sequentials count as one, and an nn.Identity between the two as nothing;
-    - in the blocks of torchvision's ResNets, together with the addition, and behind the first norm layer of such a net.
+    - in the blocks of torchvision's ResNets, together with the addition, and behind the first norm layer of such a net;
+    - within timm's BatchNormAct2d: its `act`, where its `drop` does nothing.
 
     Left as they are: a layer that is in two places of the model, has an activation already or a forward of its own; and
     what has hooks, or a forward put on the object, anywhere between the normalisation and the activation.
@@ -70,20 +72,20 @@ def fuse_activations(model: nn.Module) -> list[Fusion]:
         FusedActivation(leaky_relu(0.1), by the norm layer in front)
     """
     paths = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    pairs = [*_pairs_in_sequentials(model, paths), *_pairs_in_resnets(model, paths)]
+    pairs = [*_pairs_in_sequentials(model, paths), *_pairs_in_resnets(model, paths), *_pairs_in_timm(model, paths)]
     blocks = list(_blocks(model, paths))
     done = []
-    for norm, activation in pairs:
+    for path, norm, activation in pairs:
         function = known_activation(activation.module)
         assert function is not None  # or it were no pair
-        norm.module.activation = function
-        activation.parent._modules[activation.name] = FusedActivation(norm.module, activation.module)
-        done.append(Fusion(norm.path, activation.path, function))
+        norm._activation = function
+        activation.parent._modules[activation.name] = FusedActivation(norm, activation.module)
+        done.append(Fusion(path, activation.path, function))
     for path, block in blocks:
         names, function = _NORMS[type(block).__name__], known_activation(block.relu)
         assert function is not None
         for name in names:
-            getattr(block, name).activation = function
+            getattr(block, name)._activation = function
             done.append(Fusion(_join(path, name), _join(path, "relu"), function, name == names[-1]))
         block.__class__ = _fused_class(block.__class__)
     order = {path: number for number, (path, _) in enumerate(model.named_modules())}
@@ -105,6 +107,9 @@ class _Place(NamedTuple):
         return self.parent._modules[self.name]
 
 
+_Pair: TypeAlias = tuple[str, Any, _Place]  # path of a norm layer, the layer, and the place of its activation
+
+
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -116,14 +121,12 @@ def is_bare(module: nn.Module) -> bool:
 
 
 def _takes_activation(norm: Any, paths: Counter[nn.Module]) -> bool:
-    return (
-        isinstance(norm, Synchronised)
-        and type(norm).forward is Synchronised.forward
-        and is_bare(norm)
-        and norm.activation is None
-        and type(norm)._activation is None  # timm's layers have a property here
-        and paths[norm] == 1
-    )
+    return type(norm).forward is Synchronised.forward and _is_free(norm, paths)
+
+
+def _is_free(norm: Any, paths: Counter[nn.Module]) -> bool:
+    """Whether it is a layer of ours that can be given an activation, which nobody else would see."""
+    return isinstance(norm, Synchronised) and norm._activation is None and is_bare(norm) and paths[norm] == 1
 
 
 def _gives_activation(module: nn.Module) -> bool:
@@ -149,7 +152,7 @@ def _flattened(path: str, sequential: nn.Module) -> Iterator[_Place]:
             yield place
 
 
-def _pairs_in_sequentials(model: nn.Module, paths: Counter[nn.Module]) -> Iterator[tuple[_Place, _Place]]:
+def _pairs_in_sequentials(model: nn.Module, paths: Counter[nn.Module]) -> Iterator[_Pair]:
     sequentials = {path: module for path, module in model.named_modules() if _is_sequential(module)}
     inner = {child for sequential in sequentials.values() for child in sequential.children()}
     for path, sequential in sequentials.items():
@@ -157,7 +160,7 @@ def _pairs_in_sequentials(model: nn.Module, paths: Counter[nn.Module]) -> Iterat
         for place in _flattened(path, sequential) if sequential not in inner else ():
             module = place.module
             if norm and _gives_activation(module) and paths[place.parent] == 1:
-                yield norm, place
+                yield norm.path, norm.module, place
             elif norm and (type(module) is nn.Identity or _is_sequential(module)) and is_bare(module):
                 continue
             norm = place if _takes_activation(module, paths) else None
@@ -177,12 +180,12 @@ def _is_torchvisions(module: nn.Module, methods: tuple[str, ...]) -> bool:
     )
 
 
-def _pairs_in_resnets(model: nn.Module, paths: Counter[nn.Module]) -> Iterator[tuple[_Place, _Place]]:
+def _pairs_in_resnets(model: nn.Module, paths: Counter[nn.Module]) -> Iterator[_Pair]:
     for path, net in model.named_modules():
         if type(net).__name__ == "ResNet" and _is_torchvisions(net, ("forward", "_forward_impl")):
             norm, activation = (_Place(net, name, _join(path, name)) for name in ("bn1", "relu"))
             if _takes_activation(norm.module, paths) and _gives_activation(activation.module):
-                yield norm, activation
+                yield norm.path, norm.module, activation
 
 
 def _blocks(model: nn.Module, paths: Counter[nn.Module]) -> Iterator[tuple[str, Any]]:
@@ -193,6 +196,28 @@ def _blocks(model: nn.Module, paths: Counter[nn.Module]) -> Iterator[tuple[str, 
             continue
         if all(_takes_activation(getattr(block, name), paths) for name in names):
             yield path, block
+
+
+# timm's BatchNormAct2d: y = act(drop(norm(x))), where `act` and `drop` are children of the layer
+
+
+def _pairs_in_timm(model: nn.Module, paths: Counter[nn.Module]) -> Iterator[_Pair]:
+    for path, module in model.named_modules():
+        if _has_forward_of_timm(module) and _is_free(module, paths):
+            act, drop = (_Place(module, name, _join(path, name)) for name in ("act", "drop"))
+            if _gives_activation(act.module) and type(drop.module) is nn.Identity and is_bare(drop.module):
+                yield path, module, act
+
+
+def _has_forward_of_timm(module: nn.Module) -> bool:
+    """Whether it runs timm's forward, as timm wrote it."""
+    original: Any = getattr(module, "_original_class", object)
+    return any(
+        (base.__module__, base.__name__) == ("timm.layers.norm_act", "BatchNormAct2d")
+        and vars(base).get("forward") is original.forward
+        and original.forward.__qualname__ == "BatchNormAct2d.forward"
+        for base in original.__mro__
+    )
 
 
 class FusedBlock(Generated):
@@ -207,6 +232,7 @@ def _fused_class(original: Any) -> Any:
         "__module__": __name__,
         "_original_class": original,
         "_made_by": staticmethod(_fused_class),
+        "_made_from": (original,),
         "forward": {"BasicBlock": _basic_block, "Bottleneck": _bottleneck}[original.__name__],
     }
     return type(f"Fused{original.__name__}", (FusedBlock, original), namespace)
@@ -233,16 +259,26 @@ def _shortcut(block: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 class FusedActivation(nn.Identity):
-    """Stands where an activation was that the norm layer in front applies now; remembers both."""
+    """Stands where an activation was that the norm layer in front applies now; remembers both.
+
+    Where that is in the layer's own forward, whose batch_norm is caught in training only, it still activates else.
+    """
 
     def __init__(self, norm: Synchronised, original: nn.Module) -> None:
         super().__init__()
         self.train(original.training)
         self.remembered = (norm, original)  # in a tuple, or nn.Module would register them
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `input`, activated if it was not yet."""
+        norm, original = self.remembered
+        if isinstance(norm, OwnForward) and not catches(norm):
+            return original(input)  # type: ignore[no-any-return]
+        return input
+
     def extra_repr(self) -> str:
         """Name what the norm layer applies."""
-        return f"{self.remembered[0].activation}, by the norm layer in front"
+        return f"{self.remembered[0]._activation}, by the norm layer in front"
 
 
 def fused_norms(model: nn.Module) -> set[nn.Module]:
@@ -261,7 +297,7 @@ def fused_norms(model: nn.Module) -> set[nn.Module]:
                     f"the norm layer that applies {known_activation(original)} for this {type(module).__name__} is not "
                     "part of what is to be reverted: revert the whole model, or put the layer back"
                 )
-            if not isinstance(norm, Synchronised) or norm.activation != known_activation(original):
+            if not isinstance(norm, Synchronised) or norm._activation != known_activation(original):
                 raise ConversionError(
                     f"{norm} had the activation of {original} when it was fused, and either was changed since: change "
                     "it back, then revert"
@@ -292,7 +328,7 @@ def _fused_in(module: Any) -> tuple[list[nn.Module], nn.Module | None]:
 def undo_fusions(model: nn.Module, norms: set[nn.Module]) -> None:
     """Give the activations back to the modules that they were taken from; `norms` is what `fused_norms` returned."""
     for norm in norms:
-        norm.activation = None  # type: ignore[assignment]
+        norm._activation = None  # type: ignore[assignment]
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if isinstance(child, FusedActivation):

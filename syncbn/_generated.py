@@ -12,16 +12,18 @@ class Generated:
     Attributes:
         _original_class: what the class was made from.
         _made_by: the function that made it, and makes it again where a pickle is read.
+        _made_from: what that function was given.
     """
 
     _original_class: Any
-    _made_by: Callable[[Any], Any]
+    _made_by: Callable[..., Any]
+    _made_from: tuple[Any, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: Any = object.__reduce_ex__(self, protocol)[2:]
-        return _new, (type(self)._made_by, self._original_class), *state
+        return _new, (type(self)._made_by, *self._made_from), *state
 
 
-def _new(made_by: Callable[[Any], Any], original: Any) -> Any:
-    cls = made_by(original)
+def _new(made_by: Callable[..., Any], *made_from: Any) -> Any:
+    cls = made_by(*made_from)
     return cls.__new__(cls)

@@ -23,6 +23,7 @@ class Synchronised(_BatchNorm):
 
     _group: Group
     _activation: Activation | None = None
+    _settable = True  # the activation; not where a forward of somebody else's decides what follows
 
     @property
     def process_group(self) -> ProcessGroup:
@@ -40,11 +41,13 @@ class Synchronised(_BatchNorm):
 
     @activation.setter
     def activation(self, value: ActivationLike) -> None:
+        if not self._settable:
+            raise ConversionError(f"{type(self).__name__} has a forward of its own: apply the activation there")
         self._activation = activation_of(value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; an activation that is a module becomes no submodule, as nn.Module would have it."""
-        if name == "activation":
+        if name == "activation" and type(self).activation is Synchronised.activation:
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -54,11 +57,8 @@ class Synchronised(_BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise `input` (N, C, *), add `residual`, of its shape and dtype, and apply the activation."""
-        if isinstance(input, Proxy):  # torch.fx: the layer is a leaf, as those of torch.nn are
-            path = input.tracer.path_of_module(self)
-            return input.tracer.create_proxy(
-                "call_module", path, (input,) if residual is None else (input, residual), {}
-            )
+        if isinstance(input, Proxy):
+            return as_leaf(self, (input,) if residual is None else (input, residual))
         self._check_input_dim(input)
         epilogue = Epilogue(self.weight, self.bias, residual, self._activation)
         tracked = not self.training or self.track_running_stats  # the condition of nn.BatchNorm
@@ -67,7 +67,7 @@ class Synchronised(_BatchNorm):
             self._check_channels(input)
         if not self.training:
             return evaluate(input, epilogue, mean, var, self.eps)
-        if _is_exported():
+        if is_exported():
             return epilogue.finish(self._as_in_nn(input))
         running = Running(mean, var, self.num_batches_tracked if tracked else None, self.momentum)
         return train(input, epilogue, running, self.eps, self._group.key)
@@ -81,28 +81,40 @@ class Synchronised(_BatchNorm):
 
     def _as_in_nn(self, input: Tensor) -> Tensor:
         """Do what nn.BatchNorm does in training, for exporters and for what recognises it in their graphs."""
+        self.check_is_alone()
+        return _BatchNorm.forward(self, input)  # super's may be another norm layer's
+
+    def check_is_alone(self) -> None:
+        """Raise ConversionError in an export among several replicas."""
         if not _is_alone(self._group.key):
             raise ConversionError(
                 "an exported program has no replicas, its statistics in training would be those of one process: "
-                "revert_sync_batchnorm(model) first if that is what you want, or export in eval mode"
+                "export syncbn.reverted(model) if that is what you want, or export in eval mode"
             )
-        return _BatchNorm.forward(self, input)  # super's may be timm's, which activates
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Called by torch.jit.script."""
         raise ConversionError(
-            "torch.jit.script cannot compile a layer that communicates: revert_sync_batchnorm(model) first, or use "
+            "torch.jit.script cannot compile a layer that communicates: script syncbn.reverted(model), or use "
             "torch.jit.trace or torch.compile"
         )
 
     def extra_repr(self) -> str:
         """Name the activation where there is one, and the group where it is not the world."""
         activation = "" if self._activation is None else f", activation={self._activation}"
-        group = "" if self.process_group is None else f", process_group={self.process_group!r}"
+        spec = self._group.spec
+        group = "" if spec is None else f", process_group={spec!r}"
         return f"{super().extra_repr()}{activation}{group}"  # type: ignore[no-untyped-call]
 
 
-def _is_exported() -> bool:
+def as_leaf(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    """Return the layer's call as torch.fx notes it: a leaf, as those of torch.nn are. `args` begin with its input."""
+    tracer = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs or {})
+
+
+def is_exported() -> bool:
+    """Tell whether torch.export or the exporter to ONNX runs the model."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()

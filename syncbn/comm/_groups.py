@@ -65,6 +65,11 @@ def _successor(old: BaseCommunicator) -> BaseCommunicator:
     return TorchDistributed(own_group=True) if _torch_is_there() else _alone
 
 
+def is_first() -> bool:
+    """Tell whether this is rank 0, without making a communicator."""
+    return (dist.get_rank() if _world is _alone and _torch_is_there() else _world.rank) == 0
+
+
 def _torch_is_there() -> bool:
     return dist.is_available() and dist.is_initialized()
 
