@@ -15,7 +15,7 @@ pytest.importorskip("fastai")
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
 
 
@@ -33,6 +33,7 @@ def _train(rank: int, size: int) -> float:
         patch.setattr(DistributedDL, "_broadcast", lambda self, t, rank: t)  # it wants a GPU
         model = made(small_network)
         learn = Learner(loaders(size), model, loss_func=nn.MSELoss(), opt_func=SGD, lr=0.01)
+        learn.remove_cb(Recorder)  # it averages losses in float32
         with learn.no_bar(), learn.no_logging(), syncbn.replace_torch_conversion(), learn.distrib_ctx(sync_bn=True, cpu=True):
             learn.fit(1)
     return largest_difference(model, train_whole(momentum=0))

@@ -36,7 +36,7 @@ def run(rank: int, size: int, folder: str, model: nn.Module, **options: str) -> 
             train_dataloader=DataLoader(batches(slice(rank, None, size)), batch_size=None),
             train_cfg={"by_epoch": True, "max_epochs": 1},
             optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9}},
-            default_hooks={"checkpoint": None},
+            default_hooks={"checkpoint": None, "sampler_seed": None},
             launcher="pytorch",
             cfg={"model_wrapper_cfg": {"type": "MMDistributedDataParallel", "device_ids": None}, **options},
             log_level="ERROR",

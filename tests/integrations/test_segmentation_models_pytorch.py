@@ -16,7 +16,7 @@ MODELS = {"Unet": {}, "FPN": {"decoder_dropout": 0}, "DeepLabV3Plus": {"decoder_
 
 
 def batch(step: int, images: int) -> tuple[Tensor, Tensor]:
-    x = random_images(step, images, 3, 64, 64)
+    x = random_images(step, images, 3, 32, 32)
     return x, (x[:, :2] > 0.5).double()
 
 
@@ -37,7 +37,8 @@ def _train(rank: int, size: int, name: str, encoder: str) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_unequal_images(agrees, name: str) -> None:
-    agrees(_train, name, "resnet18")
+    # The pooling branch of DeepLabV3+ has one value per channel and image: alone, nn.BatchNorm refuses it.
+    agrees(_train, name, "resnet18", control=name != "DeepLabV3Plus")
 
 
 def test_encoder_of_timm(agrees) -> None:

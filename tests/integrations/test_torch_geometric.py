@@ -51,7 +51,7 @@ def _train(rank: int, size: int, name: str, nodes: int) -> float:
 @pytest.mark.parametrize("name", ["GCN", "GIN"])
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_unequal_nodes(agrees, name: str, nodes: int) -> None:
-    agrees(_train, name, nodes)
+    agrees(_train, name, nodes, control=nodes > 1)  # nn.BatchNorm refuses a node alone
 
 
 def test_hetero_batch_norm_is_no_batch_norm_of_torch() -> None:
