@@ -34,7 +34,12 @@ def _train(rank: int, size: int) -> float:
         model = made(small_network)
         learn = Learner(loaders(size), model, loss_func=nn.MSELoss(), opt_func=SGD, lr=0.01)
         learn.remove_cb(Recorder)  # it averages losses in float32
-        with learn.no_bar(), learn.no_logging(), syncbn.replace_torch_conversion(), learn.distrib_ctx(sync_bn=True, cpu=True):
+        with (
+            learn.no_bar(),
+            learn.no_logging(),
+            syncbn.replace_torch_conversion(),
+            learn.distrib_ctx(sync_bn=True, cpu=True),
+        ):
             learn.fit(1)
     return largest_difference(model, train_whole(momentum=0))
 

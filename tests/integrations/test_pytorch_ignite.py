@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from integrations.comparison import made, largest_difference
+from integrations.comparison import largest_difference, made
 from integrations.training import batches, small_network, train_whole
 from torch import nn
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from integrations.comparison import made, random_images
 from integrations.training import train_both
 from torch import Tensor, nn

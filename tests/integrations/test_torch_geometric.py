@@ -54,6 +54,19 @@ def test_unequal_nodes(agrees, name: str, nodes: int) -> None:
     agrees(_train, name, nodes, control=nodes > 1)  # nn.BatchNorm refuses a node alone
 
 
+def test_single_elements_are_named_and_end_at_the_deadline() -> None:
+    """A replica with one node skips the layer, for which the other one waits."""
+
+    def replica(comm: Communicator) -> Tensor:
+        layer = syncbn.convert_sync_batchnorm(BatchNorm(5, allow_single_element=True), comm)
+        return layer(graph(0, 1 + comm.rank).x.float())  # type: ignore[no-any-return]
+
+    plan = syncbn.convert_sync_batchnorm(BatchNorm(5, allow_single_element=True), dry_run=True)
+    assert "allow_single_element=False" in plan.left[""]
+    with pytest.raises(CollectiveError, match="did not call"):
+        run_threads(2, replica, timeout=0.5)
+
+
 def test_hetero_batch_norm_is_no_batch_norm_of_torch() -> None:
     net = syncbn.convert_sync_batchnorm(nn.ModuleList([BatchNorm(4), HeteroBatchNorm(4, num_types=2)]))
     assert [name for name, m in net.named_modules() if isinstance(m, syncbn.SyncBatchNorm)] == ["0.module"]
