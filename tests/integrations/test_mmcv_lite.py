@@ -17,7 +17,7 @@ from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.registry import MODELS
 
 MODELS.register_module("syncbn", module=syncbn.SyncBatchNorm)
-norm_cfg = dict(type="syncbn")
+norm_cfg = {"type": "syncbn"}
 
 
 def build(norm_cfg: dict[str, Any]) -> nn.Module:
