@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from integrations.comparison import with_local_statistics
-from integrations.page import lines_of, package_of
+from integrations.page import code_of, package_of
 
 BOUND = 1e-9  # of the relative difference to one process with the whole batch, in float64
 SECONDS = 120  # importing a large package takes long on a machine that others use, too
@@ -38,7 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def agrees(gloo: Callable[..., list[Any]], request: pytest.FixtureRequest) -> Callable[..., None]:
+def note(request: pytest.FixtureRequest) -> Callable[[float], None]:
+    """`note(difference)`: for the table."""
+    return lambda difference: request.node.stash.__setitem__(_found, difference)
+
+
+@pytest.fixture
+def agrees(gloo: Callable[..., list[Any]], note: Callable[[float], None]) -> Callable[..., None]:
     """`agrees(job, *args)`: `job(rank, size, *args)`, on two processes, returns a difference that is small.
 
     With `control`, the same job differs where the layers keep their local statistics.
@@ -46,7 +52,7 @@ def agrees(gloo: Callable[..., list[Any]], request: pytest.FixtureRequest) -> Ca
 
     def run(job: Callable[..., float], *args: Any, control: bool = True) -> None:
         found = max(gloo(2, job, *args, seconds=SECONDS))
-        request.node.stash[_found] = found
+        note(found)
         assert found <= BOUND
         if control:
             assert max(gloo(2, with_local_statistics, job, *args, seconds=SECONDS)) > 1e3 * BOUND
@@ -57,12 +63,12 @@ def agrees(gloo: Callable[..., list[Any]], request: pytest.FixtureRequest) -> Ca
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
-    if report.when == "call" and "agrees" in getattr(item, "fixturenames", ()):
+    if report.when == "call" and "note" in getattr(item, "fixturenames", ()):
         found = item.stash.get(_found, None)
         difference = "" if found is None else f"{found:.0e}"
         package = package_of(item.path)
         tested = item.name.removeprefix("test_").replace("_", " ")
-        lines = len(lines_of(package))
+        lines = len(next(iter(code_of(package)), []))
         cells = [package, metadata.version(package), str(lines), tested, difference, report.outcome]
         item.config.stash[_rows].append(f"| {' | '.join(cells)} |")
     return report

@@ -12,10 +12,10 @@ def package_of(test_file: Path) -> str:
     return test_file.stem.removeprefix("test_").replace("_", "-")
 
 
-def lines_of(package: str) -> list[str]:
-    """Return the lines of code in the section of this package: what a user adds."""
+def code_of(package: str) -> list[list[str]]:
+    """Return the blocks of code in the section of this package, their lines stripped; the first is what a user adds."""
     section = re.search(rf"^## {package}\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     if section is None:
         return []
-    code = "\n".join(re.findall(r"^```python\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL))
-    return [line.strip() for line in code.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    blocks = re.findall(r"^```python\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
+    return [[line.strip() for line in block.splitlines() if line.strip()] for block in blocks]
