@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from integrations.comparison import largest_difference, made, with_local_statistics
-from integrations.training import batches, small_network, train_whole
+from integrations.comparison import (
+    EQUAL,
+    STEPS,
+    batch,
+    largest_difference,
+    made,
+    mine,
+    sgd,
+    torchrun_variables,
+    trained_on_whole_batches,
+    with_local_statistics,
+)
 from torch import nn
 
 import syncbn
@@ -13,18 +22,23 @@ import syncbn
 deepspeed = pytest.importorskip("deepspeed")
 
 
+def _build() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(16, 3),
+    )  # fmt: skip
+
+
 def _train(rank: int, size: int, stage: int) -> float:
     """Return the difference to float64."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}.items():
-            patch.setenv(name, str(value))  # the launcher's
+    with torchrun_variables(rank, size), pytest.MonkeyPatch.context() as patch:
         # Or it compiles an all-reduce over shared memory of its own first, which takes a minute.
         patch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
-        model = made(small_network).float()
+        model = made(_build).float()
         model = syncbn.convert_sync_batchnorm(model)
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
+            optimizer=sgd(model),
             config={
                 "train_micro_batch_size_per_gpu": 2,
                 "gradient_clipping": 0,
@@ -32,10 +46,11 @@ def _train(rank: int, size: int, stage: int) -> float:
                 "zero_allow_untested_optimizer": True,
             },
         )
-        for images, targets in batches(slice(rank, None, size)):
-            engine.backward(nn.functional.mse_loss(engine(images.float()), targets.float()))
+        for step in range(STEPS):
+            images, labels = (whole[mine(rank, EQUAL)] for whole in batch(step))
+            engine.backward(nn.functional.cross_entropy(engine(images.float()), labels))
             engine.step()
-    return largest_difference(model, train_whole())
+    return largest_difference(model, trained_on_whole_batches(_build))
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from integrations.comparison import largest_difference, made
-from integrations.training import batches, small_network, train_whole
+from integrations.comparison import (
+    EQUAL,
+    STEPS,
+    batch,
+    largest_difference,
+    made,
+    mine,
+    torchrun_variables,
+    trained_on_whole_batches,
+)
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -17,32 +27,32 @@ from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
+from torchvision.models import shufflenet_v2_x0_5
 
 
-def loaders(size: int) -> DataLoaders:
-    """DistributedDL gives the first rank the first part of all images, and so on: order them for that."""
-    parts = [batch for rank in range(size) for batch in batches(slice(rank, None, size))]
+def _build() -> nn.Module:
+    return shufflenet_v2_x0_5(num_classes=3)
+
+
+def _loaders(size: int) -> DataLoaders:
+    """DistributedDL gives the first rank the first part of all images, and so on: they are put in that order."""
+    parts = [[whole[mine(rank, EQUAL)] for whole in batch(step)] for rank in range(size) for step in range(STEPS)]
     dataset = TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    return DataLoaders(*(DataLoader(dataset, bs=len(parts[0][0]), num_workers=0) for _ in range(2)))
+    return DataLoaders(*(DataLoader(dataset, bs=EQUAL[0], num_workers=0) for _ in ("training", "validation")))
 
 
 def _train(rank: int, size: int) -> float:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost"}.items():
-            patch.setenv(name, str(value))  # the launcher's
-        patch.setattr(DistributedDL, "_broadcast", lambda self, t, rank: t)  # it wants a GPU
-        model = made(small_network)
-        learn = Learner(loaders(size), model, loss_func=nn.MSELoss(), opt_func=SGD, lr=0.01)
+    with torchrun_variables(rank, size), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistributedDL, "_broadcast", lambda self, indices, rank: indices)  # it goes by way of a GPU
+        model = made(_build)
+        sgd = functools.partial(SGD, mom=0.9)
+        learn = Learner(_loaders(size), model, loss_func=nn.CrossEntropyLoss(), opt_func=sgd, lr=0.01)
         learn.remove_cb(Recorder)  # it averages losses in float32
-        with (
-            learn.no_bar(),
-            learn.no_logging(),
-            syncbn.replace_torch_conversion(),
-            learn.distrib_ctx(sync_bn=True, cpu=True),
-        ):
-            learn.fit(1)
-    return largest_difference(model, train_whole(momentum=0))
+        with learn.no_bar(), learn.no_logging():
+            with syncbn.replace_torch_conversion(), learn.distrib_ctx(sync_bn=True, cpu=True):
+                learn.fit(1)
+    return largest_difference(model, trained_on_whole_batches(_build))
 
 
 def test_distrib_ctx(agrees) -> None:
-    agrees(_train, control=False)
+    agrees(_train, control=False)  # where the conversion does nothing, its copies of the model do

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from integrations.comparison import largest_difference, made
-from integrations.training import batches, small_network, train_whole
+from integrations.comparison import (
+    EQUAL,
+    STEPS,
+    batch,
+    largest_difference,
+    made,
+    mine,
+    sgd,
+    trained_on_whole_batches,
+)
 from torch import nn
 
 import syncbn
@@ -13,25 +20,30 @@ import syncbn
 pytest.importorskip("ignite")
 import ignite.distributed as idist
 from ignite.engine import create_supervised_trainer
+from torchvision.models import shufflenet_v2_x0_5
+
+
+def _build() -> nn.Module:
+    return shufflenet_v2_x0_5(num_classes=3)
 
 
 def _train(rank: int, size: int) -> float:
-    model = made(small_network)
+    model = made(_build)
     with syncbn.replace_torch_conversion():
         model = idist.auto_model(model, sync_bn=True)
-    optimizer = idist.auto_optim(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
-    trainer = create_supervised_trainer(model, optimizer, nn.MSELoss(), device=idist.device())
-    trainer.run(batches(slice(rank, None, size)))
-    return largest_difference(model, train_whole())
+    optimizer = idist.auto_optim(sgd(model))
+    trainer = create_supervised_trainer(model, optimizer, nn.CrossEntropyLoss(), device=idist.device())
+    trainer.run([[whole[mine(rank, EQUAL)] for whole in batch(step)] for step in range(STEPS)])
+    return largest_difference(model, trained_on_whole_batches(_build))
 
 
 def test_auto_model(agrees) -> None:
-    agrees(_train, control=False)
+    agrees(_train)
 
 
 def _without_replacement(rank: int, size: int) -> None:
     with pytest.raises(ValueError, match="SyncBatchNorm"):
-        idist.auto_model(small_network(), sync_bn=True)
+        idist.auto_model(_build(), sync_bn=True)
 
 
 def test_on_a_cpu_torchs_own_layers_are_refused(gloo) -> None:

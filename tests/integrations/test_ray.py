@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from integrations.comparison import largest_difference, made
-from integrations.training import batches, small_network, train_whole
+from integrations.comparison import EQUAL, STEPS, batch, largest_difference, made, mine, sgd, trained_on_whole_batches
 from torch import nn
 
 import syncbn
@@ -18,22 +16,28 @@ import ray
 import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
+from torchvision.models import shufflenet_v2_x0_5
 
 ROOT = Path(__file__).parents[2]
 
 
+def _build() -> nn.Module:
+    return shufflenet_v2_x0_5(num_classes=3)
+
+
 def train(convert: bool) -> float:
-    context = ray.train.get_context()
-    model = made(small_network)
+    rank = ray.train.get_context().get_world_rank()
+    model = made(_build)
     if convert:
         model = syncbn.convert_sync_batchnorm(model)
     model = prepare_model(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    for images, targets in batches(slice(context.get_world_rank(), None, context.get_world_size())):
+    optimizer = sgd(model)
+    for step in range(STEPS):
+        images, labels = (whole[mine(rank, EQUAL)] for whole in batch(step))
         optimizer.zero_grad()
-        nn.functional.mse_loss(model(images), targets).backward()
+        nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
-    return largest_difference(model, train_whole())
+    return largest_difference(model, trained_on_whole_batches(_build))
 
 
 def train_twice(config: dict[str, Any]) -> None:
