@@ -22,6 +22,7 @@ from torch.utils.data import TensorDataset
 import syncbn
 
 pytest.importorskip("fastai")
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL
@@ -47,10 +48,9 @@ def _train(rank: int, size: int) -> float:
         model = made(_build)
         sgd = functools.partial(SGD, mom=0.9)
         learn = Learner(_loaders(size), model, loss_func=nn.CrossEntropyLoss(), opt_func=sgd, lr=0.01)
-        learn.remove_cb(Recorder)  # it averages losses in float32
-        with learn.no_bar(), learn.no_logging():
-            with syncbn.replace_torch_conversion(), learn.distrib_ctx(sync_bn=True, cpu=True):
-                learn.fit(1)
+        learn.remove_cbs([ProgressCallback, Recorder])  # which averages losses in float32
+        with syncbn.replace_torch_conversion(), learn.distrib_ctx(sync_bn=True):
+            learn.fit(1)
     return largest_difference(model, trained_on_whole_batches(_build))
 
 
