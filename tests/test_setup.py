@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import shutil
 import subprocess
@@ -19,7 +20,9 @@ case "$1 ${2-}" in
     [[ $3 != --clear ]] || rm -rf "$folder"
     mkdir -p "$folder/bin"
     cp "$0" "$folder/bin/python" ;;
-  "-m pip") exit "${PIP_STATUS:-0}" ;;
+  "-m pip")
+    echo "$PIP_CONSTRAINT: $*" >"${0%/bin/*}/pip-was-asked"
+    exit "${PIP_STATUS:-0}" ;;
 esac
 """
 
@@ -41,10 +44,10 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-def set_up(repository: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+def set_up(repository: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name != "SYNCBN_VENV"}
     env = {**inherited, "PYTHON": str(repository / "python"), "SYNCBN_BUILD_NATIVE": "0", **settings}
-    command = ["bash", str(repository / "launch/setup.sh")]
+    command = ["bash", str(repository / "launch/setup.sh"), *arguments]
     return subprocess.run(command, check=False, env=env, text=True, capture_output=True, timeout=30)
 
 
@@ -120,3 +123,16 @@ def test_an_update_keeps_what_is_there(repository: Path) -> None:
     done = set_up(repository)
     assert "updating" in done.stderr
     assert (repository / ".venv-syncbn/horovod").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        ([], "constraints.txt: *--editable .[[]examples,mpi[]]"),
+        (["--dev"], "constraints.txt: *--editable .[[]dev[]]"),
+        (["--integrations"], "launch/integrations.txt: *--requirement launch/integrations.txt --editable ."),
+    ],
+)
+def test_what_is_installed(repository: Path, arguments: list[str], asked: str) -> None:
+    assert set_up(repository, *arguments).returncode == 0
+    assert fnmatch.fnmatch((repository / ".venv-syncbn/pip-was-asked").read_text().strip(), asked)

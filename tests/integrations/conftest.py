@@ -67,7 +67,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         found = item.stash.get(_found, None)
         difference = "" if found is None else f"{found:.0e}"
         package = package_of(item.path)
-        tested = item.name.removeprefix("test_").replace("_", " ")
+        tested = item.name.removeprefix("test_").replace("[_", "[").replace("_", " ")
         lines = len(next(iter(code_of(package)), []))
         cells = [package, metadata.version(package), str(lines), tested, difference, report.outcome]
         item.config.stash[_rows].append(f"| {' | '.join(cells)} |")

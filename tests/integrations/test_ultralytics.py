@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,7 @@ import syncbn
 
 os.environ["YOLO_OFFLINE"] = "true"
 ultralytics = pytest.importorskip("ultralytics")
+import cv2  # noqa: E402
 from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: E402
 
 
