@@ -49,6 +49,7 @@ def train_twice(config: dict[str, Any]) -> None:
     Path(config["folder"], str(context.get_world_rank())).write_text(json.dumps(differences))
 
 
+@pytest.mark.timeout(600)  # its own processes start slowly where others use the machine
 def test_torch_trainer(note: Callable[[float], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
