@@ -94,7 +94,6 @@ def _synchronised(original: Any, own: tuple[str, ...]) -> Any:
     if issubclass(original, nn.SyncBatchNorm):  # no base of ours: DDP refuses CPU modules that contain one
         _refuse_changed(original)
         name, bases = original.__name__, (Synchronised,)
-        namespace["_check_input_dim"] = original._check_input_dim
     elif _synchronises(original):
         bases = (Synchronised, original)  # whose forward is not reached
     elif has_own_forward(original):
@@ -107,7 +106,10 @@ def _synchronised(original: Any, own: tuple[str, ...]) -> Any:
 
 
 def _refuse_changed(original: Any) -> None:
-    """Refuse a subclass of nn.SyncBatchNorm that is more than a name and a check of dimensions (as mmcv's SyncBN)."""
+    """Refuse a subclass of nn.SyncBatchNorm that is more than a name and a check of dimensions (as mmcv's SyncBN).
+
+    Its check is not kept: it would call `super()`, which an object that is no nn.SyncBatchNorm cannot. Ours remains.
+    """
     bases = original.__mro__[: original.__mro__.index(nn.SyncBatchNorm)]
     for name in {name for base in bases for name in vars(base)} - {"_check_input_dim"}:
         if not (name.startswith("__") and name.endswith("__")) or name == "__call__":

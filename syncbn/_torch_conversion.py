@@ -18,9 +18,10 @@ log = logging.getLogger("syncbn")
 def replace_torch_conversion() -> contextlib.ExitStack:
     """Make `nn.SyncBatchNorm.convert_sync_batchnorm` do what `syncbn.convert_sync_batchnorm` does, until undone.
 
-    For trainers with a flag of their own, which call torch's: Lightning's and Ignite's `sync_batchnorm`, fastai's,
-    mmengine's. Call it on every replica before the trainer converts, for good, or as a context; `close()` of what is
-    returned undoes it as well. Issues no collective.
+    For trainers with a flag of their own, which call torch's: Lightning's `sync_batchnorm`, Ignite's and fastai's
+    `sync_bn`. (mmengine's `sync_bn` is a conversion of its own: see docs/integrations.md.) Call it on every replica
+    before the trainer converts, for good, or as a context; `close()` of what is returned undoes it as well. Issues no
+    collective.
 
     Without it, torch's conversion replaces layers of ours by its own, which it does not know from other norm layers;
     since syncbn was imported it says so in the logger "syncbn", and refuses where an activation would be lost.

@@ -139,6 +139,23 @@ def wrapped():
     return wrapper
 
 
+class SyncBN(nn.SyncBatchNorm):
+    """As mmengine's."""
+
+    def _check_input_dim(self, input):
+        super()._check_input_dim(input)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_subclass_of_torchs_synchronised_layer_that_only_checks_dimensions(training):
+    layer = convert_sync_batchnorm(SyncBN(3).train(training))
+    x = torch.randn(4, 3)
+    assert_tensor_close(layer(x), nn.BatchNorm1d(3).train(training)(x))
+    with pytest.raises(ValueError, match="expected 2D or more"):
+        layer(x[0])
+    assert type(revert_sync_batchnorm(layer)) is SyncBN
+
+
 REFUSED = {
     "subclass": (lambda: Foreign(3), r"1: .*Foreign: it derives from nn.SyncBatchNorm, .* its `forward` would be lost"),
     "replaced": (replaced, r"1: .*BatchNorm2d: its forward was replaced on the object itself"),
