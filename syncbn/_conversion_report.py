@@ -43,15 +43,15 @@ class ConversionReport:
         return "\n".join([f"norm layers: {counts}", *lines])
 
 
-def plan(model: nn.Module, skip: Skip) -> tuple[list[tuple[Any, Any]], ConversionReport]:
-    """Return the layers that are to be converted, each with its new class, and the report.
+def plan(model: nn.Module, skip: Skip) -> tuple[list[tuple[Any, Any]], list[Any], ConversionReport]:
+    """Return the layers that are to be converted, each with its new class, those that are ours, and the report.
 
     Raises:
         ConversionError: `skip` names what is not in the model.
     """
     report = ConversionReport()
     skipped = _skipped(model, skip)
-    pairs = []
+    pairs, ours = [], []
     for path, module in model.named_modules():
         kind = type(module).__qualname__
         if module in skipped:
@@ -61,6 +61,7 @@ def plan(model: nn.Module, skip: Skip) -> tuple[list[tuple[Any, Any]], Conversio
             report.refused[path] = f"{kind} has taken the parameters apart: convert the model first, then wrap it"
         elif isinstance(module, Synchronised):
             report.skipped[path] = "synchronised already"
+            ours.append(module)
         elif isinstance(module, _BatchNorm):
             try:
                 pairs.append((module, class_for(module)))
@@ -70,7 +71,7 @@ def plan(model: nn.Module, skip: Skip) -> tuple[list[tuple[Any, Any]], Conversio
                 report.converted[path] = kind
         elif reason := _reason_left(module):
             report.left[path] = reason
-    return pairs, report
+    return pairs, ours, report
 
 
 _WRAPPERS = {"FullyShardedDataParallel", "FSDPModule"}
@@ -79,7 +80,7 @@ _WRAPPERS = {"FullyShardedDataParallel", "FSDPModule"}
 def _skipped(model: nn.Module, skip: Skip) -> dict[nn.Module, str]:
     """Return the modules that `skip` means, and all within them, each with the reason."""
     found: dict[nn.Module, str] = {}
-    for rule in [skip] if callable(skip) or isinstance(skip, str) else list(skip):
+    for rule in list(skip) if isinstance(skip, Iterable) and not isinstance(skip, (str, type)) else [skip]:
         matches = [
             module for path, module in model.named_modules(remove_duplicate=False) if _matches(rule, path, module)
         ]

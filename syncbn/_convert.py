@@ -75,23 +75,24 @@ def convert_sync_batchnorm(
           skipped 0: skip='0'
     """
     check_spec(process_group)
-    pairs, report = plan(module, skip)  # all checks come before the first change
+    pairs, ours, report = plan(module, skip)  # all checks come before the first change
     if dry_run:
         return report
     if report.refused:
         reasons = "; ".join(f"{path or 'the model'}: {reason}" for path, reason in report.refused.items())
         raise ConversionError(f"cannot be converted, and nothing was (skip=[...] leaves them out): {reasons}")
-    # A layer that synchronised already keeps its group in an attribute, which gives way to our property.
-    groups = [Group(layer.__dict__.get("process_group") if cls._has_group else None) for layer, cls in pairs]
+    # A layer that synchronised already has its group in an attribute, which gives way to our property.
+    has_group = [cls._is_synchronised and "process_group" in vars(layer) for layer, cls in pairs]
+    groups = [Group(layer.process_group) if has else None for (layer, _), has in zip(pairs, has_group, strict=True)]
     for (layer, cls), group in zip(pairs, groups, strict=True):
-        if cls._has_group:
-            layer.__dict__.pop("process_group", None)
-        layer._original_group = layer._group = group
+        if group is not None:
+            del vars(layer)["process_group"]
+        layer._original_group, layer._group = group, group or Group()
         layer.__class__ = cls
+        ours.append(layer)
     if process_group is not None:
-        for m in module.modules():
-            if isinstance(m, Synchronised):
-                m._group = Group(process_group)
+        for layer in ours:
+            layer._group = Group(process_group)
     _log(report, module)
     return module
 
@@ -155,12 +156,11 @@ def revert_sync_batchnorm(module: M) -> M:
             )
     undo_fusions(module, fused)
     for layer in converted:
-        original, has_group = layer._original_class, layer._has_group
-        group = layer.__dict__.pop("_original_group")
+        original, group = layer._original_class, layer.__dict__.pop("_original_group")
         del layer._group
         layer.__dict__.pop("_activation", None)
         layer.__class__ = original
-        if has_group:
+        if group is not None:
             layer.process_group = group.spec
     return module
 

@@ -86,7 +86,7 @@ def _synchronised(original: Any, own: tuple[str, ...]) -> Any:
         "_original_class": original,
         "_made_by": staticmethod(_synchronised),
         "_made_from": (original, own),
-        "_has_group": _synchronises(original),
+        "_is_synchronised": _synchronises(original),
         **{name: _Own() for name in own},
     }
     name = f"Sync{original.__name__}"

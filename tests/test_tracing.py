@@ -71,7 +71,7 @@ def test_quantisation_aware_training_by_fx_keeps_the_layer() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_script_says_to_revert_first() -> None:
     net = convert_sync_batchnorm(model())
-    with pytest.raises(ConversionError, match=r"torch.jit.script.*revert_sync_batchnorm\(model\) first"):
+    with pytest.raises(ConversionError, match=r"torch.jit.script.*syncbn.reverted\(model\)"):
         torch.jit.script(net)
     torch.jit.script(syncbn.revert_sync_batchnorm(net))
 
@@ -128,7 +128,7 @@ def test_onnx_export_in_training_is_that_of_nn_batch_norm(dynamo: bool, tmp_path
 
 def test_export_in_training_with_peers_is_refused() -> None:
     net = convert_sync_batchnorm(model(), process_group=Unreachable()).train()
-    with pytest.raises(ConversionError, match=r"an exported program has no replicas.*revert_sync_batchnorm"):
+    with pytest.raises(ConversionError, match=r"an exported program has no replicas.*syncbn.reverted"):
         torch.export.export(net, (images(),))
 
 
