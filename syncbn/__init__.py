@@ -17,6 +17,8 @@ from ._layer import SyncBatchNorm as SyncBatchNorm
 from ._parallel import average_gradients as average_gradients
 from ._parallel import broadcast_parameters as broadcast_parameters
 from ._parallel import global_mean as global_mean
+from ._pending import together as together
+from ._together import normalize_together as normalize_together
 from .comm._groups import world as world
 
 __version__ = "0.1.0"

@@ -1,9 +1,13 @@
-"""The mathematics with its derivatives: kernels before and after each all-reduce, in one autograd.Function."""
+"""The mathematics with its derivatives: kernels before and after each all-reduce, in one autograd.Function.
+
+Both directions are generators: they yield what is to be summed over the replicas, are sent the sum, and return their
+result. `alone` sees to that for one layer, `_joint` for several at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +20,10 @@ from .comm import Communicator
 from .errors import InputError
 from .kernels import _composed as composed
 from .kernels import kernels_for
+
+T = TypeVar("T")
+Steps: TypeAlias = Generator[Tensor, Tensor, T]
+Gradients: TypeAlias = tuple[Tensor | None, Tensor, Tensor | None]
 
 
 def sync_batch_norm(x: Tensor, epilogue: Epilogue, running: Running, eps: float, comm: Communicator) -> Tensor:
@@ -42,7 +50,7 @@ def forward(
     repeatable: bool,
     *,
     move: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:
     """Return y, `[mean, 1/√(σ²+ε), N]`, and the total that moves the `running` statistics (see `once`).
 
     Args:
@@ -57,7 +65,7 @@ def forward(
     if comm.size == 1 and x.numel() == x.shape[1]:  # known without asking the device
         raise one_value()
     kernels = kernels_for(x, *epilogue.tensors, *running[:3])
-    total = comm.all_reduce(kernels.moments(x))
+    total = yield kernels.moments(x)
     counted = once(total, running, repeatable=repeatable)
     y, known = kernels.normalize(x, total, epilogue, eps, running if move and counted is total else None)
     if move and counted is not total:
@@ -66,8 +74,8 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, epilogue: Epilogue, known: Tensor, comm: Communicator, needs_x: bool, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    dy: Tensor, x: Tensor, epilogue: Epilogue, known: Tensor, needs_x: bool, dtype: torch.dtype
+) -> Steps[Gradients]:
     """Return dx, or None unless `needs_x`, `[Σdz, Σdz·x̂]` of this replica alone, in `dtype`, and dz or None.
 
     dz is the gradient of weight·x̂ + bias + residual; None stands for dy, or says that nobody asked (no residual).
@@ -77,7 +85,6 @@ def backward(
         x: input of the forward.
         epilogue: of the forward; a residual only with an activation.
         known: `[mean, 1/√(σ²+ε), N]` from the forward.
-        comm: the replicas.
         needs_x: compute dx, which takes an all-reduce.
         dtype: of the sums, the gradients of bias and weight.
     """
@@ -87,7 +94,8 @@ def backward(
         return None, sums.to(dtype), dz
     share = sums.clone() if dtype == sums.dtype else sums.to(dtype)  # the sum over the replicas may replace `sums`
     dy, epilogue = _before_activation(dy, dz, epilogue)
-    return kernels.backward_input(dy, x, known, epilogue, comm.all_reduce(sums)), share, dz
+    sums = yield sums
+    return kernels.backward_input(dy, x, known, epilogue, sums), share, dz
 
 
 def _before_activation(dy: Tensor, dz: Tensor | None, epilogue: Epilogue) -> tuple[Tensor, Epilogue]:
@@ -97,7 +105,7 @@ def _before_activation(dy: Tensor, dz: Tensor | None, epilogue: Epilogue) -> tup
 
 def differentiable_backward(
     dy: Tensor, x: Tensor, epilogue: Epilogue, known: Tensor, comm: Communicator, needs_x: bool, eps: float
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+) -> Steps[Gradients]:
     """Do what `backward` does in operations that autograd differentiates, to any order.
 
     The statistics become functions of `x` again. Their values are known: the forward's all-reduce is not repeated.
@@ -110,9 +118,26 @@ def differentiable_backward(
     share, dz = composed.backward_sums(dy, x, known, epilogue)
     if not needs_x:
         return None, share, dz
-    sums = _AllReduce.apply(share, comm, None)  # type: ignore[no-untyped-call]
+    sums = yield share
     dy, epilogue = _before_activation(dy, dz, epilogue)
     return composed.backward_input(dy, x, known, epilogue, sums), share, dz
+
+
+def alone(steps: Steps[T], comm: Communicator) -> T:
+    """Take one layer's `steps`, each sum a collective of its own, and return their result."""
+    try:
+        payload = next(steps)
+        while True:
+            payload = steps.send(all_reduce(payload, comm))
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+def all_reduce(payload: Tensor, comm: Communicator) -> Tensor:
+    """Return the sum of `payload` over the replicas; differentiable where the payload is."""
+    if payload.requires_grad:
+        return _AllReduce.apply(payload, comm, None)  # type: ignore[no-any-return, no-untyped-call]
+    return comm.all_reduce(payload)
 
 
 class _AllReduce(torch.autograd.Function):
@@ -149,13 +174,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         repeatable: bool,
     ) -> Tensor:
         epilogue = Epilogue(weight, bias, residual, activation)
-        y, known, _ = forward(x, epilogue, running, eps, comm, repeatable)
+        y, known, _ = alone(forward(x, epilogue, running, eps, comm, repeatable), comm)
         keep(ctx, x, epilogue, known, eps, comm)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*gradients(ctx, dy), None, None, None, None, None)
+        return (*alone(gradients(ctx, dy), ctx.comm), None, None, None, None, None)
 
 
 class _Transformed(torch.autograd.Function):
@@ -172,7 +197,8 @@ class _Transformed(torch.autograd.Function):
         eps: float,
         comm: Communicator,
     ) -> tuple[Tensor, Tensor]:
-        return forward(x, Epilogue(weight, bias, residual, activation), running, eps, comm, is_repeatable())[:2]
+        epilogue = Epilogue(weight, bias, residual, activation)
+        return alone(forward(x, epilogue, running, eps, comm, is_repeatable()), comm)[:2]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -182,7 +208,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return (*gradients(ctx, dy), None, None, None, None)
+        return (*alone(gradients(ctx, dy), ctx.comm), None, None, None, None)
 
 
 def keep(ctx: Any, x: Tensor, epilogue: Epilogue, known: Tensor, eps: float, comm: Any) -> None:
@@ -200,8 +226,8 @@ def keep(ctx: Any, x: Tensor, epilogue: Epilogue, known: Tensor, eps: float, com
 
 
 def gradients(
-    ctx: Any, dy: Tensor | None, run: Callable[..., tuple[Tensor | None, Tensor, Tensor | None]] = backward
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    ctx: Any, dy: Tensor | None, run: Callable[..., Steps[Gradients]] = backward
+) -> Steps[tuple[Tensor | None, ...]]:
     """Return the gradients of x, weight, bias and residual from what `keep` kept; `run` does what `backward` does."""
     x, known, weight, bias, residual = ctx.saved_tensors
     epilogue = Epilogue(weight, bias, residual, ctx.activation)
@@ -211,11 +237,11 @@ def gradients(
     if is_legacy_batchedtensor(dy) or is_batchedtensor(dy):
         raise InputError("SyncBatchNorm's backward takes one gradient at a time: is_grads_batched=True cannot be used")
     if torch.is_grad_enabled():
-        dx, share, dz = differentiable_backward(dy, x, epilogue, known, ctx.comm, needs_x, ctx.eps)
+        dx, share, dz = yield from differentiable_backward(dy, x, epilogue, known, ctx.comm, needs_x, ctx.eps)
     else:
         dtypes = {None if weight is None else weight.dtype, ctx.bias_dtype} - {None}
         dtype = dtypes.pop() if len(dtypes) == 1 else known.dtype
-        dx, share, dz = run(dy, x, epilogue, known, ctx.comm, needs_x, dtype)
+        dx, share, dz = yield from run(dy, x, epilogue, known, needs_x, dtype)
     dbias, dweight = share.chunk(2)  # this replica's share, on purpose: the trainer reduces parameters' gradients
     return (
         dx,

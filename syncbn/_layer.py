@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import _pending
 from ._epilogue import Activation, ActivationLike, Epilogue, activation_of
+from ._joint import Call
 from ._statistics import Running
 from .comm._groups import Group, ProcessGroup, communicator
 from .errors import ConversionError, InputError
@@ -70,6 +72,10 @@ class Synchronised(_BatchNorm):
         if _is_exported():
             return epilogue.finish(self._as_in_nn(input))
         running = Running(mean, var, self.num_batches_tracked if tracked else None, self.momentum)
+        if _pending.blocks:
+            y = _pending.wait(self, Call(input, epilogue, running, self.eps), self._group.key)
+            if y is not None:
+                return y
         return train(input, epilogue, running, self.eps, self._group.key)
 
     def _check_channels(self, input: Tensor) -> None:
