@@ -223,13 +223,13 @@ def _check_unchanged(waiting: _Waiting) -> None:
             )
     output = waiting.output
     if weakref.getweakrefs(output) or output._use_count() > 1:
-        raise InputError(f"the output of {waiting.layer} {_UNSEEN}")
+        raise InputError(f"the output of {waiting.layer}, which waits in syncbn.together(), is held by {_UNSEEN}")
 
 
 _NAMES = ("input", "weight", "bias", "residual")
 _UNSEEN = (
-    "that waits in syncbn.together() is held by code that does not use it as a tensor (an extension in C++, a weak "
-    "reference): give that y.clone(), or end the block before"
+    "code that torch does not announce (an extension in C++, a weak reference): give that y.clone(), or end the block "
+    "before"
 )
 
 
@@ -251,7 +251,7 @@ class Pending(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> NoReturn:
-        raise InputError(f"{func} was called on a tensor {_UNSEEN}")
+        raise InputError(f"{func} was called on a tensor that waits in syncbn.together(), by {_UNSEEN}")
 
     def become(self, y: Tensor) -> None:
         """Turn this object into the tensor `y`; attributes that were set on it stay."""
