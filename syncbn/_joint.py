@@ -55,7 +55,7 @@ def _jointly(each: Sequence[Steps[T]], comm: Communicator) -> list[T]:
             results[number] = end.value
     if payloads:
         total = all_reduce(torch.cat(list(payloads.values())), comm)
-        parts = total.split([payload.numel() for payload in payloads.values()])
+        parts = torch.split(total, [payload.numel() for payload in payloads.values()])
         for number, part in zip(payloads, parts, strict=True):
             try:
                 each[number].send(part)

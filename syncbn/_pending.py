@@ -125,7 +125,9 @@ class _Mode(NamedTuple):
 
     @classmethod
     def here(cls) -> _Mode:
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _hooks(), torch._C._current_graph_task_id())
+        return cls(
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _hooks(), torch._C._current_graph_task_id()
+        )
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -221,7 +223,7 @@ def _check_unchanged(waiting: _Waiting) -> None:
                 f"the memory of {name} of {waiting.layer} was freed while the layer waited in syncbn.together(), as FSDP "
                 "does: open the block inside of the module that is wrapped"
             )
-    output = waiting.output
+    output: Any = waiting.output
     if weakref.getweakrefs(output) or output._use_count() > 1:
         raise InputError(f"the output of {waiting.layer}, which waits in syncbn.together(), is held by {_UNSEEN}")
 
@@ -250,7 +252,9 @@ class Pending(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> NoReturn:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> NoReturn:
         raise InputError(f"{func} was called on a tensor that waits in syncbn.together(), by {_UNSEEN}")
 
     def become(self, y: Tensor) -> None:
@@ -259,16 +263,29 @@ class Pending(Tensor):
         del attributes["_batch"]
         vars(y).update(attributes)
         with torch._C.DisableTorchFunctionSubclass():
-            torch.utils.swap_tensors(self, y)
+            torch.utils.swap_tensors(self, y)  # type: ignore[no-untyped-call]
 
 
 _KNOWN = frozenset(
     {
         *(
             getattr(Tensor, name).__get__
-            for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_sparse")
+            for name in (
+                "shape",
+                "dtype",
+                "device",
+                "ndim",
+                "requires_grad",
+                "layout",
+                "is_cuda",
+                "is_cpu",
+                "is_sparse",
+            )
         ),
-        *(getattr(Tensor, name) for name in ("size", "dim", "ndimension", "numel", "nelement", "__len__", "get_device")),
+        *(
+            getattr(Tensor, name)
+            for name in ("size", "dim", "ndimension", "numel", "nelement", "__len__", "get_device")
+        ),
         *(getattr(of, name) for of in (Tensor, torch) for name in ("is_floating_point", "is_complex")),
     }
 )  # what needs no values

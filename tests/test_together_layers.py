@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import syncbn
 from syncbn import SyncBatchNorm, convert_sync_batchnorm, fuse_activations, normalize_together, together
 from syncbn._pending import Pending, blocks
 from syncbn.comm import SingleProcess, run_threads
@@ -159,13 +160,13 @@ def test_derivative_of_the_backward():
 
 def test_a_wrong_split_is_seen(monkeypatch):
     """Negative control: two layers of as many channels get each other's sums."""
-    split = torch.Tensor.split
+    split = torch.split
 
     def mixed_up(total, sizes):
         parts = split(total, sizes)
         return parts if len(parts) < 4 else operator.itemgetter(2, 1, 0, 3)(parts)
 
-    monkeypatch.setattr(torch.Tensor, "split", mixed_up)
+    monkeypatch.setattr(torch, "split", mixed_up)
     with pytest.raises(AssertionError, match="y: "):
         assert_equals_whole_batch(in_block, [3, 2])
 
@@ -565,7 +566,11 @@ def buffers_after(how):
     return list(layer.buffers())
 
 
-MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "hooks": lambda: torch.autograd.graph.save_on_cpu()}
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "hooks": lambda: torch.autograd.graph.save_on_cpu(),
+}
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
@@ -759,7 +764,11 @@ BAD = {
     "inputs": (lambda: normalize_together(two(), [X]), InputError, "expected 2 inputs"),
     "residuals": (lambda: normalize_together(two(), [X, X], [None]), InputError, "expected 2 residuals"),
     "layer": (lambda: normalize_together([nn.BatchNorm1d(3)], [X]), InputError, r"layers\[0\] is a BatchNorm1d"),
-    "devices": (lambda: normalize_together(two(), [X, X.to("meta")]), InputError, "`inputs` on one device, got cpu, meta"),
+    "devices": (
+        lambda: normalize_together(two(), [X, X.to("meta")]),
+        InputError,
+        "`inputs` on one device, got cpu, meta",
+    ),
     "groups": (lambda: normalize_together([*two(), SyncBatchNorm(3)], [X] * 3), GroupError, "`layers` of one process"),
     "shape": (lambda: normalize_together(two(), [X, X[0]]), InputError, "expected 2D or more"),
     "channels": (lambda: normalize_together(two(), [X, X.T]), InputError, "weight of shape"),
@@ -834,3 +843,130 @@ def test_compiled_layers_do_not_mind_that_there_are_blocks():
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(x)
     assert layer.num_batches_tracked == 4
+
+
+# Models that know nothing of this
+
+
+def aspp():
+    """DeepLabV3's head for several scales: five branches, concatenated, and a projection."""
+    models = vision.load("torchvision.models.segmentation.deeplabv3")
+    net = models.ASPP(3, [1, 2, 3], 6)
+    net.project[3] = nn.Identity()  # dropout
+    return net
+
+
+def resnet(block, *depths):
+    def make():
+        models = vision.load("torchvision.models")
+        return models.ResNet(getattr(models.resnet, block), depths, num_classes=3)
+
+    return make
+
+
+MODELS = {  # how it is made; norm layers; forward collectives, with activations fused
+    "aspp": (aspp, 6, 6, 2),  # its branches end in an activation
+    "resnet18": (resnet("BasicBlock", 2, 2, 2, 2), 20, 17, 20),
+    "bottlenecks": (resnet("Bottleneck", 1, 1, 1, 1), 17, 13, 17),  # fused, the shortcut is added in the last norm
+}
+
+
+def seeded(make):
+    """The same in every replica; outside of threads, as there is one generator."""
+    torch.manual_seed(0)
+    net = make().double()
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+    return net
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("name", "fuse"),
+    [("aspp", False), ("aspp", True), ("resnet18", False), ("bottlenecks", False), ("bottlenecks", True)],
+)
+def test_a_model_trains_like_the_whole_batch(name, fuse):
+    make, norms, *forwards = MODELS[name]
+    ns = [3, 1]
+    net = seeded(make)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == norms
+    xs = random_batch([(n, 3, 33, 33) for n in ns]).xs
+
+    def train(comm):
+        recording = Recording(comm)
+        model = convert_sync_batchnorm(copy.deepcopy(net), recording)
+        if fuse:
+            assert fuse_activations(model)
+        with together():
+            y = model(xs[comm.rank])
+        (y * gs[comm.rank]).sum().backward()
+        assert len(recording.calls) == 2 * forwards[fuse]
+        return y.detach(), model
+
+    reference = copy.deepcopy(net)
+    y = reference(torch.cat(xs))
+    gs = random_batch([part.shape for part in y.split(ns)], seed=1).gs
+    (y * torch.cat(gs)).sum().backward()
+    ys, models = zip(*run_threads(len(ns), train), strict=True)
+    assert relative(torch.cat(ys), y) < 1e-9
+    for parameters in zip(reference.parameters(), *(model.parameters() for model in models), strict=True):
+        expected, *ours = (parameter.grad for parameter in parameters)
+        assert relative(sum(ours), expected) < 1e-9
+    for expected, ours in zip(reference.buffers(), models[0].buffers(), strict=True):
+        assert relative(ours, expected) < 1e-12
+
+
+def relative(actual, expected):
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+class Branches(nn.Module):
+    """Two branches, and a norm layer at the end."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+        self.a, self.b = (nn.Sequential(nn.Conv2d(3, 4, size), nn.BatchNorm2d(4)) for size in (1, 3))
+        self.last = nn.Sequential(nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        with together() if self.where == "inside" else contextlib.nullcontext():
+            a, b = self.a(x), self.b(x)
+            return self.last(a[..., 1:-1, 1:-1].relu_() + b)
+
+
+def ddp_batches(world):
+    return [random_batch([(rank + 1, 3, 5, 5) for rank in range(world)], seed=seed) for seed in range(3)]
+
+
+def train_ddp(rank, world, where, unused):
+    net = seeded(lambda: Branches(where))
+    comm = Recording(syncbn.world())
+    model = DistributedDataParallel(convert_sync_batchnorm(net, comm), find_unused_parameters=unused)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in ddp_batches(world):
+        with together() if where == "outside" else contextlib.nullcontext():
+            y = model(batch.xs[rank])
+            loss = (y * batch.gs[rank][:, :, 1:-1, 1:-1]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert [numbers for numbers, _ in comm.calls] == [18, 7, 6, 16] * 3
+    return [t.detach() for t in net.state_dict().values()]
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_under_ddp(gloo, world, where):
+    net = seeded(lambda: Branches(None))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for batch in ddp_batches(world):
+        optimizer.zero_grad()
+        y = net(torch.cat(batch.xs))
+        (y * torch.cat(batch.gs)[:, :, 1:-1, 1:-1]).sum().div(world).backward()
+        optimizer.step()
+    for state in gloo(world, train_ddp, where, where == "inside"):
+        for ours, expected in zip(state, net.state_dict().values(), strict=True):
+            assert_tensor_close(ours, expected)
