@@ -9,6 +9,7 @@ Start the job with torchrun, mpirun, horovodrun or srun, and in the script::
 from . import comm as comm
 from . import errors as errors
 from . import functional as functional
+from ._block import together as together
 from ._convert import convert_sync_batchnorm as convert_sync_batchnorm
 from ._convert import revert_sync_batchnorm as revert_sync_batchnorm
 from ._fusion import fuse_activations as fuse_activations
@@ -17,7 +18,6 @@ from ._layer import SyncBatchNorm as SyncBatchNorm
 from ._parallel import average_gradients as average_gradients
 from ._parallel import broadcast_parameters as broadcast_parameters
 from ._parallel import global_mean as global_mean
-from ._pending import together as together
 from ._together import normalize_together as normalize_together
 from .comm._groups import world as world
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _pending
+from . import _block
 from ._epilogue import Activation, ActivationLike, Epilogue, activation_of
 from ._joint import Call
 from ._statistics import Running
@@ -72,8 +72,8 @@ class Synchronised(_BatchNorm):
         if _is_exported():
             return epilogue.finish(self._as_in_nn(input))
         running = Running(mean, var, self.num_batches_tracked if tracked else None, self.momentum)
-        if _pending.blocks:
-            y = _pending.wait(self, Call(input, epilogue, running, self.eps), self._group.key)
+        if _block.blocks:
+            y = _block.wait(self, Call(input, epilogue, running, self.eps), self._group.key)
             if y is not None:
                 return y
         return train(input, epilogue, running, self.eps, self._group.key)

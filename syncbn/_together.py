@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ._block import block
 from ._layer import Synchronised
-from ._pending import block
 from .errors import GroupError, InputError
 
 

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _autograd, _operators, _pending
+from . import _autograd, _block, _operators
 from ._checks import check, is_traced, refuse_transforms
 from ._epilogue import ActivationLike, Epilogue, activation_of
+from ._pending import finish
 from ._statistics import Running
 from .comm._groups import ProcessGroup, communicator, key_of
 
@@ -114,8 +115,8 @@ def evaluate(
     input: Tensor, epilogue: Epilogue, running_mean: Tensor | None, running_var: Tensor | None, eps: float
 ) -> Tensor:
     """Use torch's own kernel, after the conversions that it asks for but does not make."""
-    if _pending.blocks:
-        _pending.finish((input, epilogue.residual))
+    if _block.blocks:
+        finish((input, epilogue.residual))
     check(input, epilogue, running_mean, running_var)
     per_channel = [running_mean, running_var, epilogue.weight, epilogue.bias]
     dtypes = {tensor.dtype for tensor in per_channel if tensor is not None}

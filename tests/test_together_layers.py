@@ -30,7 +30,8 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn import SyncBatchNorm, convert_sync_batchnorm, fuse_activations, normalize_together, together
-from syncbn._pending import Pending, blocks
+from syncbn._block import blocks
+from syncbn._pending import Pending
 from syncbn.comm import SingleProcess, run_threads
 from syncbn.errors import GroupError, InputError
 
@@ -406,7 +407,7 @@ NEEDED = {
     "like": torch.zeros_like,
     "detach": lambda y: y.detach_(),
     "pickle": lambda y: copy.deepcopy(y.detach()),
-    "operator": lambda y: torch.ops.aten.relu(y),
+    "operator": torch.ops.aten.relu,
     "index": lambda y: torch.arange(12.0).view(4, 3)[y > 0],
 }
 
@@ -477,9 +478,8 @@ def test_an_output_that_nobody_keeps_moves_the_running_statistics():
 
 def test_the_layers_checks_come_at_the_call():
     first, second = two()
-    with pytest.raises(InputError, match=r"weight of shape \(4,\)"), together():
-        first(torch.randn(4, 3))
-        second(torch.randn(4, 4))
+    with pytest.raises(InputError, match=r"weight of shape \(4,\)"):
+        in_block([first, second], [torch.randn(4, 3), torch.randn(4, 4)])
 
 
 # torch tells nobody of these
@@ -569,7 +569,7 @@ def buffers_after(how):
 MODES = {
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
-    "hooks": lambda: torch.autograd.graph.save_on_cpu(),
+    "hooks": torch.autograd.graph.save_on_cpu,
 }
 
 
@@ -648,7 +648,7 @@ def through_block(model, x):
 
 
 REGIONS = {
-    "no region": lambda model, x: through_block(model, x),
+    "no region": through_block,
     "block in region": lambda model, x: checkpoint(through_block, model, x, use_reentrant=False),
     "block in reentrant region": lambda model, x: checkpoint(through_block, model, x, use_reentrant=True),
     "region in block": lambda model, x: around(model, x, use_reentrant=False),
@@ -727,9 +727,14 @@ def test_a_block_is_its_threads():
 
 def test_an_exception_drops_what_waits():
     layers, kept = two(), []
-    with pytest.raises(ZeroDivisionError), together():
-        kept.extend(layer(torch.randn(4, 3)) for layer in layers)
-        raise ZeroDivisionError
+
+    def interrupted():
+        with together():
+            kept.extend(layer(torch.randn(4, 3)) for layer in layers)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
     assert not blocks
     assert layers[0].num_batches_tracked == 0
     with pytest.raises(InputError, match="the block was left by an exception"):
@@ -787,18 +792,28 @@ def test_refused_before_any_collective(call, error, message):
 def test_changed_while_it_waits(name):
     layers, x, residual = two(), torch.randn(4, 3), torch.randn(4, 3)
     tensors = {"input": x, "residual": residual, "weight": layers[1].weight, "bias": layers[1].bias}
-    with pytest.raises(InputError, match=rf"^{name} of SyncBatchNorm\(3.*was changed in place"), together():
+
+    @together()
+    def change():
         layers[0](x.clone())
         layers[1](x, residual)
         with torch.no_grad():
             tensors[name].mul_(2)
 
+    with pytest.raises(InputError, match=rf"^{name} of SyncBatchNorm\(3.*was changed in place"):
+        change()
+
 
 def test_freed_while_it_waits():
-    layers, x = two(), torch.randn(4, 3)
-    with pytest.raises(InputError, match="memory of weight .* was freed"), together():
-        layers[0](x)
-        layers[0].weight.untyped_storage().resize_(0)
+    layer = two()[0]
+
+    @together()
+    def free():
+        layer(torch.randn(4, 3))
+        layer.weight.untyped_storage().resize_(0)
+
+    with pytest.raises(InputError, match=r"memory of weight .* was freed"):
+        free()
 
 
 def test_one_value_in_the_world():
