@@ -131,6 +131,9 @@ class _Mode(NamedTuple):
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Compute as at that place, which is further out; the hooks of a region within are set aside."""
+        if _Mode.here() == self:
+            yield
+            return
         within = []
         while (hooks := _hooks()) is not None and hooks != self.hooks:
             within.append(hooks)

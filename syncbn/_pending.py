@@ -7,7 +7,6 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from .errors import InputError
 
@@ -46,7 +45,7 @@ class Pending(Tensor):
         if func in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        finish(tree_leaves((args, kwargs)))
+        finish((args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -64,33 +63,34 @@ class Pending(Tensor):
             torch.utils.swap_tensors(self, y)  # type: ignore[no-untyped-call]
 
 
+_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_sparse")
+_METHODS = (
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "__len__",
+    "get_device",
+    "is_floating_point",
+    "is_complex",
+)
 _KNOWN = frozenset(
-    {
-        *(
-            getattr(Tensor, name).__get__
-            for name in (
-                "shape",
-                "dtype",
-                "device",
-                "ndim",
-                "requires_grad",
-                "layout",
-                "is_cuda",
-                "is_cpu",
-                "is_sparse",
-            )
-        ),
-        *(
-            getattr(Tensor, name)
-            for name in ("size", "dim", "ndimension", "numel", "nelement", "__len__", "get_device")
-        ),
-        *(getattr(of, name) for of in (Tensor, torch) for name in ("is_floating_point", "is_complex")),
-    }
+    [
+        *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+        *(getattr(Tensor, name) for name in _METHODS),
+        torch.is_floating_point,
+        torch.is_complex,
+    ]
 )  # what needs no values
 
 
 def finish(values: Iterable[object]) -> None:
-    """Compute those of `values` that are tensors which wait."""
+    """Compute those of `values`, and within lists, tuples and dicts among them, that are tensors which wait."""
     for value in values:
         if type(value) is Pending:  # not any more, if one before waited for the same
             value._batch.run()
+        elif isinstance(value, (list, tuple)):
+            finish(value)
+        elif isinstance(value, dict):
+            finish(value.values())
