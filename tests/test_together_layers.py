@@ -34,6 +34,7 @@ from syncbn._block import blocks
 from syncbn._pending import Pending
 from syncbn.comm import SingleProcess, run_threads
 from syncbn.errors import GroupError, InputError
+from syncbn.functional import sync_batch_norm
 
 BOTH = pytest.mark.parametrize("path", ["compiled", "composed"], indirect=True)
 LEVELS = [(3, (4, 4)), (5, (2,)), (3, ()), (7, (1, 2, 3))]  # channels and space of each layer
@@ -416,6 +417,21 @@ NEEDED = {
 def test_needed_now(waiting, use):
     use(waiting[0])
     assert [type(y) for y in waiting] == [torch.Tensor, torch.Tensor]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_and_the_function_take_what_waits(waiting, training):
+    """As input and as residual."""
+    y, z = waiting
+    layer = SyncBatchNorm(3).train(training)
+    sync_batch_norm(layer(torch.randn(4, 3), y), training=training)
+    assert type(z) is torch.Tensor
+    with together():
+        y = SyncBatchNorm(3)(torch.randn(4, 3))
+        assert type(sync_batch_norm(y, *([None] * 4), training)) is torch.Tensor
+        z = SyncBatchNorm(3)(torch.randn(4, 3))
+        layer(z)
+        assert type(y) is type(z) is torch.Tensor
 
 
 def changed(y, identity):
