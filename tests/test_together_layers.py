@@ -621,6 +621,22 @@ def test_used_in_another_mode(mode):
     assert x.grad.abs().sum() > 0
 
 
+def test_what_is_saved_goes_where_the_block_is():
+    """Not to the hooks of the region in which an output is used, nor into a graph that the block did not want."""
+    layers, packed = [SyncBatchNorm(3) for _ in range(2)], []
+    x = torch.randn(4, 3, requires_grad=True)
+    with together():
+        y, _ = (layer(x) for layer in layers)
+        with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda kept: kept):
+            y.sum()
+    assert packed == []
+    with torch.no_grad(), together():
+        y, _ = (layer(x) for layer in layers)
+        with torch.enable_grad():
+            y.sum()
+    assert not y.requires_grad
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_block_in_a_mode(mode):
     layers, xs = [SyncBatchNorm(3) for _ in range(2)], [torch.randn(4, 3) for _ in range(2)]
