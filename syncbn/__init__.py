@@ -9,6 +9,7 @@ Start the job with torchrun, mpirun, horovodrun or srun, and in the script::
 from . import comm as comm
 from . import errors as errors
 from . import functional as functional
+from ._block import together as together
 from ._conversion_report import ConversionReport as ConversionReport
 from ._convert import convert_sync_batchnorm as convert_sync_batchnorm
 from ._convert import revert_sync_batchnorm as revert_sync_batchnorm
@@ -24,6 +25,7 @@ from ._parallel import global_mean as global_mean
 from ._population import recompute_statistics as recompute_statistics
 from ._population import synchronize_statistics as synchronize_statistics
 from ._saved import saved_statistics as saved_statistics
+from ._together import normalize_together as normalize_together
 from ._torch_conversion import replace_torch_conversion as replace_torch_conversion
 from .comm._groups import world as world
 

@@ -1,9 +1,13 @@
-"""The mathematics with its derivatives: kernels before and after each all-reduce, in one autograd.Function."""
+"""The mathematics with its derivatives: kernels before and after each all-reduce, in one autograd.Function.
+
+Both directions are generators: they yield what is to be summed over the replicas, are sent the sum, and return their
+result. `alone` sees to that for one layer, `_joint` for several at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,12 +16,16 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from ._epilogue import Activation, Epilogue
 from ._mask import finite_outside, flat_without_values
 from ._recomputation import is_repeatable, once
-from ._saved import total_of
+from ._saved import record, replayed
 from ._statistics import Running, one_value, statistics, update_running
 from .comm import Communicator
 from .errors import InputError
 from .kernels import _composed as composed
 from .kernels import kernels_for
+
+T = TypeVar("T")
+Steps: TypeAlias = Generator[Tensor, Tensor, T]
+Gradients: TypeAlias = tuple[Tensor | None, Tensor, Tensor | None]
 
 
 def sync_batch_norm(
@@ -49,7 +57,7 @@ def forward(
     mask: Tensor | None = None,
     *,
     move: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:
     """Return y, `[mean, 1/√(σ²+ε), N]`, and the total that moves the `running` statistics (see `once`).
 
     Args:
@@ -65,11 +73,11 @@ def forward(
     if comm.size == 1 and x.numel() == x.shape[1] and mask is None:  # known without asking the device
         raise one_value()
     kernels = kernels_for(x, *epilogue.tensors, *running[:3])
-    total = total_of(
-        x,
-        running if move else None,
-        lambda: comm.all_reduce(kernels.moments(x) if mask is None else composed.moments(x, mask)),
-    )
+    statistics = running if move else None  # compiled code may hand over intermediate values
+    total = replayed(x, statistics)
+    if total is None:
+        total = yield kernels.moments(x) if mask is None else composed.moments(x, mask)
+    record(x, statistics, total)
     counted = once(total, running, repeatable=repeatable)
     if mask is not None:
         total = flat_without_values(total)  # another tensor: the running statistics move by `counted`
@@ -85,10 +93,9 @@ def backward(
     epilogue: Epilogue,
     mask: Tensor | None,
     known: Tensor,
-    comm: Communicator,
     needs_x: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+) -> Steps[Gradients]:
     """Return dx, or None unless `needs_x`, `[Σdz, Σdz·x̂]` of this replica alone, in `dtype`, and dz or None.
 
     dz is the gradient of weight·x̂ + bias + residual; None stands for dy, or says that nobody asked (no residual).
@@ -99,7 +106,6 @@ def backward(
         epilogue: of the forward; a residual only with an activation.
         mask: of the forward.
         known: `[mean, 1/√(σ²+ε), N]` from the forward.
-        comm: the replicas.
         needs_x: compute dx, which takes an all-reduce.
         dtype: of the sums, the gradients of bias and weight.
     """
@@ -111,7 +117,7 @@ def backward(
         return None, sums.to(dtype), dz
     share = sums.clone() if dtype == sums.dtype else sums.to(dtype)  # the sum over the replicas may replace `sums`
     dy, epilogue = _before_activation(dy, dz, epilogue)
-    sums = comm.all_reduce(sums)
+    sums = yield sums
     if mask is None:
         return kernels.backward_input(dy, x, known, epilogue, sums), share, dz
     return composed.backward_input(dy, x, known, epilogue, sums, mask), share, dz
@@ -131,7 +137,7 @@ def differentiable_backward(
     comm: Communicator,
     needs_x: bool,
     eps: float,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+) -> Steps[Gradients]:
     """Do what `backward` does in operations that autograd differentiates, to any order.
 
     The statistics become functions of `x` again. Their values are known: the forward's all-reduce is not repeated.
@@ -147,9 +153,26 @@ def differentiable_backward(
     share, dz = composed.backward_sums(dy, x, known, epilogue)
     if not needs_x:
         return None, share, dz
-    sums = _AllReduce.apply(share, comm, None)  # type: ignore[no-untyped-call]
+    sums = yield share
     dy, epilogue = _before_activation(dy, dz, epilogue)
     return composed.backward_input(dy, x, known, epilogue, sums, mask), share, dz
+
+
+def alone(steps: Steps[T], comm: Communicator) -> T:
+    """Take one layer's `steps`, each sum a collective of its own, and return their result."""
+    try:
+        payload = next(steps)
+        while True:
+            payload = steps.send(all_reduce(payload, comm))
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+def all_reduce(payload: Tensor, comm: Communicator) -> Tensor:
+    """Return the sum of `payload` over the replicas; differentiable where the payload is."""
+    if payload.requires_grad:
+        return _AllReduce.apply(payload, comm, None)  # type: ignore[no-any-return, no-untyped-call]
+    return comm.all_reduce(payload)
 
 
 class _AllReduce(torch.autograd.Function):
@@ -187,13 +210,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         repeatable: bool,
     ) -> Tensor:
         epilogue = Epilogue(weight, bias, residual, activation)
-        y, known, _ = forward(x, epilogue, running, eps, comm, repeatable, mask)
+        y, known, _ = alone(forward(x, epilogue, running, eps, comm, repeatable, mask), comm)
         keep(ctx, x, epilogue, mask, known, eps, comm)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*gradients(ctx, dy), *[None] * 6)
+        return (*alone(gradients(ctx, dy), ctx.comm), *[None] * 6)
 
 
 class _Transformed(torch.autograd.Function):
@@ -212,7 +235,7 @@ class _Transformed(torch.autograd.Function):
         comm: Communicator,
     ) -> tuple[Tensor, Tensor]:
         epilogue = Epilogue(weight, bias, residual, activation)
-        return forward(x, epilogue, running, eps, comm, is_repeatable(), mask)[:2]
+        return alone(forward(x, epilogue, running, eps, comm, is_repeatable(), mask), comm)[:2]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -222,7 +245,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return (*gradients(ctx, dy), *[None] * 5)
+        return (*alone(gradients(ctx, dy), ctx.comm), *[None] * 5)
 
 
 def keep(ctx: Any, x: Tensor, epilogue: Epilogue, mask: Tensor | None, known: Tensor, eps: float, comm: Any) -> None:
@@ -240,8 +263,8 @@ def keep(ctx: Any, x: Tensor, epilogue: Epilogue, mask: Tensor | None, known: Te
 
 
 def gradients(
-    ctx: Any, dy: Tensor | None, run: Callable[..., tuple[Tensor | None, Tensor, Tensor | None]] = backward
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    ctx: Any, dy: Tensor | None, run: Callable[..., Steps[Gradients]] = backward
+) -> Steps[tuple[Tensor | None, ...]]:
     """Return the gradients of x, weight, bias and residual from what `keep` kept; `run` does what `backward` does."""
     x, known, weight, bias, residual, mask = ctx.saved_tensors
     epilogue = Epilogue(weight, bias, residual, ctx.activation)
@@ -251,11 +274,12 @@ def gradients(
     if is_legacy_batchedtensor(dy) or is_batchedtensor(dy):
         raise InputError("SyncBatchNorm's backward takes one gradient at a time: is_grads_batched=True cannot be used")
     if torch.is_grad_enabled():
-        dx, share, dz = differentiable_backward(dy, x, epilogue, mask, known, ctx.comm, needs_x, ctx.eps)
+        steps = differentiable_backward(dy, x, epilogue, mask, known, ctx.comm, needs_x, ctx.eps)
     else:
         dtypes = {None if weight is None else weight.dtype, ctx.bias_dtype} - {None}
         dtype = dtypes.pop() if len(dtypes) == 1 else known.dtype
-        dx, share, dz = run(dy, x, epilogue, mask, known, ctx.comm, needs_x, dtype)
+        steps = run(dy, x, epilogue, mask, known, needs_x, dtype)
+    dx, share, dz = yield from steps
     dbias, dweight = share.chunk(2)  # this replica's share, on purpose: the trainer reduces parameters' gradients
     return (
         dx,

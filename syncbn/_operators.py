@@ -78,7 +78,8 @@ def _forward(
     epilogue = _epilogue(weight, bias, residual, activation, slope)
     check(x, epilogue, mean, var, mask)  # jit.trace cannot before
     running = Running(mean, var, batches)
-    y, known, total = _autograd.forward(x, epilogue, running, eps, communicator(group), False, mask, move=False)
+    comm = communicator(group)
+    y, known, total = _autograd.alone(_autograd.forward(x, epilogue, running, eps, comm, False, mask, move=False), comm)
     return _like(x, y), known, total
 
 
@@ -105,7 +106,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, empty unless `needs_x`, this replica's `[Σdz, Σdz·x̂]`, and dz, empty unless `_has_dz`."""
     epilogue = _epilogue(weight, bias, residual, activation, slope)
-    dx, share, dz = _autograd.backward(dy, x, epilogue, mask, known, communicator(group), needs_x, torch.float64)
+    steps = _autograd.backward(dy, x, epilogue, mask, known, needs_x, torch.float64)
+    dx, share, dz = _autograd.alone(steps, communicator(group))
     nothing = x.new_empty(0)
     return (
         nothing if dx is None else _like(x, dx),
@@ -163,14 +165,14 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ..
         epilogue: Epilogue,
         mask: Tensor | None,
         known: Tensor,
-        comm: _Group,
         needs_x: bool,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        dx, share, dz = torch.ops.syncbn.backward(dy, x, *_flat(epilogue), mask, known, needs_x, comm.key)
+    ) -> _autograd.Steps[_autograd.Gradients]:
+        yield from ()  # the operation sums by itself
+        dx, share, dz = torch.ops.syncbn.backward(dy, x, *_flat(epilogue), mask, known, needs_x, ctx.comm.key)
         return dx, share, dz if _has_dz(epilogue) else None
 
-    dx, *others = _autograd.gradients(ctx, dy, run)
+    dx, *others = _autograd.alone(_autograd.gradients(ctx, dy, run), ctx.comm)
     return dx if ctx.needs_input_grad[0] else None, *others, *[None] * 8
 
 

@@ -11,7 +11,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 
 FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
-_TYPES = frozenset({Tensor, nn.Parameter, nn.Buffer})
+TYPES = frozenset({Tensor, nn.Parameter, nn.Buffer})
 _DTYPES = FLOATING | {torch.int64}  # num_batches_tracked
 
 
@@ -24,7 +24,7 @@ def are_plain(tensors: Sequence[Tensor | None], device: str) -> bool:
     is_there = f"is_{device}"
     for t in tensors:
         if t is not None and (
-            type(t) not in _TYPES
+            type(t) not in TYPES
             or not getattr(t, is_there)
             or t.dtype not in _DTYPES
             or t.layout is not torch.strided

@@ -95,33 +95,31 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def total_of(x: Tensor, running: Running | None, total: Callable[[], Tensor]) -> Tensor:
-    """Return `total()`, or what it gave in the forward that is repeated here.
+def replayed(x: Tensor, running: Running | None) -> Tensor | None:
+    """Return the total that this layer had in the forward which is repeated here, or None if none is.
 
-    The innermost context that replays supplies it; those within that one record it, as they would record a new one.
+    The innermost context that replays supplies it.
 
     Args:
         x: input (N, C, *) of the layer.
         running: its running statistics; None in compiled code, which may hand over intermediate values.
-        total: issues the layer's collective.
     """
-    if not _thread.entered:
-        return total()
-    lists = []
     for saved, rest in reversed(_thread.entered):
         if rest is not None:
-            found = _next(saved, rest, x, running)
+            return _next(saved, rest, x, running).total.clone()  # compiled code may write where it has read
+    return None
+
+
+def record(x: Tensor, running: Running | None, total: Tensor) -> None:
+    """Keep a layer's total, new or replayed, for the contexts that record and are within the one that replays."""
+    for saved, rest in reversed(_thread.entered):
+        if rest is not None:
             break
-        lists.append(saved)
-    else:
-        found = _Saved(tuple(x.shape), _address(running), total())
-    for saved in lists:
-        saved.append(found)
-    return found.total.clone()  # compiled code may write where it has read
+        saved.append(_Saved(tuple(x.shape), _address(running), total.clone()))
 
 
 def is_replayed() -> bool:
-    """Tell whether `total_of` returns what was kept."""
+    """Tell whether `replayed` returns what was kept."""
     return any(rest is not None for _, rest in _thread.entered)
 
 

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _autograd, _operators
+from . import _autograd, _block, _operators
 from ._checks import check, is_traced, refuse_transforms
 from ._dtensor import group_of, locally
 from ._epilogue import ActivationLike, Epilogue, activation_of
+from ._pending import finish
 from ._statistics import Running
 from .comm import SingleProcess
 from .comm._groups import ProcessGroup, communicator, key_of
@@ -156,6 +157,8 @@ def evaluate(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Use torch's own kernel, after the conversions that it asks for but does not make."""
+    if _block.blocks:
+        finish((input, epilogue.residual, mask))
     if type(input) is DTensor:
         running = Running(running_mean, running_var)
         return locally(lambda x, e, of, m: evaluate(x, e, of.mean, of.var, eps, m), input, epilogue, running, mask)

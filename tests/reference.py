@@ -84,7 +84,7 @@ def whole_batch(*batches: Batch, **options: Any) -> Outcome:
         sum((part * g.double()).sum() for part, g in zip(y, batch.gs, strict=True)).backward()
         ys += [part.detach() for part in y]
         dxs += [x.grad for x in xs]
-    return _outcome(ys, dxs, [layer])
+    return outcome(ys, dxs, [layer])
 
 
 def replicas(
@@ -102,7 +102,7 @@ def replicas(
 
     layers, by_replica = zip(*run_threads(len(batches[0].xs), replica), strict=True)
     by_step = [pair for pairs in zip(*by_replica, strict=True) for pair in pairs]
-    return _outcome([y for y, _ in by_step], [dx for _, dx in by_step if dx is not None], layers)
+    return outcome([y for y, _ in by_step], [dx for _, dx in by_step if dx is not None], layers)
 
 
 def step(layer: nn.Module, x: Tensor, g: Tensor, *, input_grad: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +115,7 @@ def step(layer: nn.Module, x: Tensor, g: Tensor, *, input_grad: bool = True) -> 
     return y.detach(), x.grad
 
 
-def _outcome(ys: list[Tensor], dxs: list[Tensor], layers: Sequence[nn.Module]) -> Outcome:
+def outcome(ys: list[Tensor], dxs: list[Tensor], layers: Sequence[nn.Module]) -> Outcome:
     first = layers[0]
     dparameters = [
         [] if getattr(first, name) is None else [torch.stack([getattr(layer, name).grad for layer in layers]).sum(0)]

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from syncbn import SyncBatchNorm, convert_sync_batchnorm, fuse_activations, revert_sync_batchnorm
+from syncbn import SyncBatchNorm, convert_sync_batchnorm, fuse_activations, revert_sync_batchnorm, together
 from syncbn.comm import SingleProcess, run_threads
 from syncbn.errors import ConversionError
 
@@ -198,6 +198,17 @@ def test_one_collective_each_way(kind) -> None:
     step(layer, x, x)
     layer.eval()(x)
     assert comm.calls == [(7, torch.float64), (6, torch.float64)]
+
+
+@pytest.mark.parametrize("kind", [BySuper, ByFunction, ByName])
+def test_in_a_block_of_layers_that_wait(kind) -> None:
+    """It does not wait: it uses the output itself."""
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    layer, first = convert_sync_batchnorm(made(kind)), SyncBatchNorm(3).double()
+    expected = copy.deepcopy(layer)(copy.deepcopy(first)(x))
+    with together():
+        y = layer(first(x))
+    assert_tensor_close(y, expected)
 
 
 def test_second_derivatives() -> None:
