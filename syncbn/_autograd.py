@@ -16,7 +16,7 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from ._epilogue import Activation, Epilogue
 from ._mask import finite_outside, flat_without_values
 from ._recomputation import is_repeatable, once
-from ._saved import record, replayed
+from ._saved import entered, record, replayed
 from ._statistics import Running, one_value, statistics, update_running
 from .comm import Communicator
 from .errors import InputError
@@ -73,11 +73,12 @@ def forward(
     if comm.size == 1 and x.numel() == x.shape[1] and mask is None:  # known without asking the device
         raise one_value()
     kernels = kernels_for(x, *epilogue.tensors, *running[:3])
-    statistics = running if move else None  # compiled code may hand over intermediate values
-    total = replayed(x, statistics)
+    known_by = running if move else None  # compiled code may hand over intermediate values
+    total = replayed(x, known_by) if entered else None
     if total is None:
         total = yield kernels.moments(x) if mask is None else composed.moments(x, mask)
-    record(x, statistics, total)
+    if entered:
+        record(x, known_by, total)
     counted = once(total, running, repeatable=repeatable)
     if mask is not None:
         total = flat_without_values(total)  # another tensor: the running statistics move by `counted`

@@ -79,20 +79,26 @@ class _Context(AbstractContextManager[None]):
         if self._saved and not self._replays:
             raise InputError("these statistics are of another region: pass context_fn=syncbn.saved_statistics itself")
         self._within.__enter__()
-        _thread.entered += ((self._saved, iter(self._saved) if self._replays else None),)
+        entered.setdefault(threading.get_ident(), []).append(
+            (self._saved, iter(self._saved) if self._replays else None)
+        )
 
     def __exit__(self, *error: Any) -> bool | None:
-        _thread.entered = _thread.entered[:-1]
+        here = entered[threading.get_ident()]
+        here.pop()
+        if not here:
+            del entered[threading.get_ident()]
         return self._within.__exit__(*error)
 
 
-class _Thread(threading.local):
-    """The contexts that this thread is in, each with the part of its list that is still to be handed back."""
+# By thread, the contexts that it is in, each with the part of its list that is still to be handed back. Empty, as one
+# look tells, where nobody is in any.
+entered: dict[int, list[tuple[list[_Saved], Iterator[_Saved] | None]]] = {}
 
-    entered: tuple[tuple[list[_Saved], Iterator[_Saved] | None], ...] = ()
 
-
-_thread = _Thread()
+def _here() -> Iterator[tuple[list[_Saved], Iterator[_Saved] | None]]:
+    """Return the contexts of this thread, the innermost first."""
+    return reversed(entered.get(threading.get_ident(), []))
 
 
 def replayed(x: Tensor, running: Running | None) -> Tensor | None:
@@ -104,7 +110,7 @@ def replayed(x: Tensor, running: Running | None) -> Tensor | None:
         x: input (N, C, *) of the layer.
         running: its running statistics; None in compiled code, which may hand over intermediate values.
     """
-    for saved, rest in reversed(_thread.entered):
+    for saved, rest in _here():
         if rest is not None:
             return _next(saved, rest, x, running).total.clone()  # compiled code may write where it has read
     return None
@@ -112,7 +118,7 @@ def replayed(x: Tensor, running: Running | None) -> Tensor | None:
 
 def record(x: Tensor, running: Running | None, total: Tensor) -> None:
     """Keep a layer's total, new or replayed, for the contexts that record and are within the one that replays."""
-    for saved, rest in reversed(_thread.entered):
+    for saved, rest in _here():
         if rest is not None:
             break
         saved.append(_Saved(tuple(x.shape), _address(running), total.clone()))
@@ -120,7 +126,7 @@ def record(x: Tensor, running: Running | None, total: Tensor) -> None:
 
 def is_replayed() -> bool:
     """Tell whether `replayed` returns what was kept."""
-    return any(rest is not None for _, rest in _thread.entered)
+    return bool(entered) and any(rest is not None for _, rest in _here())
 
 
 def _next(saved: list[_Saved], rest: Iterator[_Saved], x: Tensor, running: Running | None) -> _Saved:

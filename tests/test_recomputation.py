@@ -339,7 +339,7 @@ def test_an_error_in_the_region_leaves_nothing_behind() -> None:
     layer(x)  # is not recorded
     saving(layer, x).sum().backward()
     assert len(recording.calls) == 4
-    assert not _saved._thread.entered
+    assert not _saved.entered
 
 
 def test_backward_within_a_region() -> None:
