@@ -206,8 +206,8 @@ void affine(double *k, double mean, double invstd, double weight, double bias, R
     k[SHIFT] = (k[PIVOT] - mean) * k[SCALE] + bias;
 }
 
-// statistics: [mean, 1/√(σ²+ε), N], (2C+1,). Returns N; where that has no variance (1 value, masks may give less, or
-// NaN), nothing is written.
+// statistics: [mean, 1/√(σ²+ε), N], (2C+1,). Returns N; where that has no variance (0 < N <= 1, or NaN), nothing is
+// written.
 double normalize(int threads, nb::handle x_, nb::handle y_, nb::handle total_, nb::handle statistics_,
                  nb::handle epilogue_, double eps, nb::handle running_) {
     const Values x("x", x_), y("y", y_, x);
@@ -217,7 +217,7 @@ double normalize(int threads, nb::handle x_, nb::handle y_, nb::handle total_, n
     double *const statistics = result("statistics", statistics_, 2 * C + 1);
     Running running(running_, C);
     const Moments of(total.begin(), C);
-    if (!(of.count > 1 || of.count == 0)) return of.count;
+    if (!(of.count > 1 || of.count <= 0)) return of.count;
     {
         const nb::gil_scoped_release release;
         double *const mean = statistics, *const invstd = mean + C;

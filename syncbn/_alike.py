@@ -17,7 +17,7 @@ Named = Sequence[tuple[str, Tensor]]
 
 _REMEDIES = {
     "DTensor": "FSDP2 averages gradients itself and knows no whole parameters: call broadcast_parameters before "
-    "fully_shard, and average_gradients not at all",
+    "fully_shard, and average_gradients not at all. Statistics are measured and compared of ordinary tensors",
     "UninitializedParameter": "it has no shape yet: run one forward first",
     "UninitializedBuffer": "it has no shape yet: run one forward first",
 }

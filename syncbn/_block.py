@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _joint
+from . import _joint, _saved
 from ._checks import check, is_traced
 from ._joint import Call
 from ._pending import UNSEEN, Pending, finish
@@ -44,7 +44,8 @@ def together() -> Iterator[None]:
 
     A layer does not wait where its input depends on one that waits; in eval; nor under another grad mode, inference
     mode or saved-tensor hooks than those at the beginning of the block: so not in a checkpointed region, unless the
-    block is in the region, too. A block in another one is a block of its own.
+    block is in the region, too; nor with a forward of its own (timm's) or a DTensor. A block in another one is a block
+    of its own.
 
     Running statistics move when the layers are computed. Layers that shared an all-reduce are one node of the
     graph: its backward runs once, when all gradients of its outputs are there, and an output without one counts as if
@@ -52,8 +53,9 @@ def together() -> Iterator[None]:
 
     Raises:
         InputError: at its use, an output is asked for after the block was left by an exception; what a layer was given
-            was changed in place, or freed, while it waited; or torch.compile, jit.trace, torch.func, or code that torch
-            does not announce (an extension in C++) is given a layer or an output that waits.
+            was changed in place, or freed, while it waited; or jit.trace, torch.func, or code that torch does not
+            announce (an extension in C++, a checkpoint of its arguments) is given a layer or an output that waits.
+            torch.compile refuses both in its own words, and layers in other threads, too, while a block is open.
 
     Example:
         >>> import syncbn
@@ -101,17 +103,20 @@ def _open(thread: int, block: _Block | None) -> None:
             blocks.pop(thread, None)
         else:
             blocks[thread] = block
-        if before != bool(blocks):
-            Function.apply = classmethod(_apply) if blocks else _functions_apply  # type: ignore[assignment, method-assign]
+        if blocks and not before:
+            _functions_apply.append(vars(Function)["apply"])
+            Function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
+        elif before and not blocks:
+            Function.apply = _functions_apply.pop()  # type: ignore[method-assign]
 
 
-_functions_apply: Any = vars(Function)["apply"]
+_functions_apply: list[Any] = []  # what stood there before the first block was opened
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """Stand for `Function.apply`."""
     finish(args)
-    return _functions_apply.__get__(None, cls)(*args, **kwargs)
+    return _functions_apply[-1].__get__(None, cls)(*args, **kwargs)
 
 
 class _Mode(NamedTuple):
@@ -121,16 +126,21 @@ class _Mode(NamedTuple):
     inference: bool
     hooks: tuple[Callable[..., Any], Callable[..., Any]] | None
     backward: int
+    saved: int  # how many contexts of `saved_statistics`
 
     @classmethod
     def here(cls) -> _Mode:
         return cls(
-            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _hooks(), torch._C._current_graph_task_id()
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            _hooks(),
+            torch._C._current_graph_task_id(),
+            _saved.depth(),
         )
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Compute as at that place, which is further out; the hooks of a region within are set aside."""
+        """Compute as at that place, which is further out; hooks and contexts of a region within are set aside."""
         if _Mode.here() == self:
             yield
             return
@@ -139,7 +149,7 @@ class _Mode(NamedTuple):
             within.append(hooks)
             torch._C._autograd._pop_saved_tensors_default_hooks()
         try:
-            with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
+            with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), _saved.only(self.saved):
                 yield
         finally:
             for hooks in reversed(within):
@@ -186,6 +196,11 @@ class _Batch:
     def __init__(self, block: _Block, key: tuple[str, torch.device]) -> None:
         self._block, self._key = block, key
         self._waiting: list[_Waiting] = []
+        self._failed: BaseException | None = None
+
+    def moves(self, running_mean: Tensor) -> bool:
+        """Tell whether a call that waits will move these statistics."""
+        return any(waiting.call.running.mean is running_mean for waiting in self._waiting)
 
     def add(self, layer: object, call: Call) -> Pending:
         requires_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors)
@@ -195,16 +210,26 @@ class _Batch:
 
     def run(self) -> None:
         """Compute them, and make their outputs what they stand for."""
+        if torch._C._are_functorch_transforms_active():
+            raise InputError(_FOLLOWED)
+        if self._failed is not None:
+            raise InputError(
+                f"the output of a layer in syncbn.together() has no values: {self._failed}"
+            ) from self._failed
         if self._block.batches.get(self._key) is not self:
             raise InputError(
                 "the output of a layer in syncbn.together() has no values, as the block was left by an exception "
                 "before they were needed: run the model again"
             )
         del self._block.batches[self._key]
-        for waiting in self._waiting:
-            _check_unchanged(waiting)
-        with self._block.mode.again():
-            ys = _joint.sync_batch_norms([waiting.call for waiting in self._waiting], communicator(self._key[0]))
+        try:
+            for waiting in self._waiting:
+                _check_unchanged(waiting)
+            with self._block.mode.again():
+                ys = _joint.sync_batch_norms([waiting.call for waiting in self._waiting], communicator(self._key[0]))
+        except BaseException as error:
+            self._failed = error
+            raise
         for waiting, y in zip(self._waiting, ys, strict=True):
             waiting.output.become(y)
 
@@ -233,6 +258,16 @@ def _check_unchanged(waiting: _Waiting) -> None:
 
 
 _NAMES = ("input", "weight", "bias", "residual", "mask")
+
+
+def settle(running_mean: Tensor | None, *tensors: Tensor | None) -> None:
+    """Compute what waits in this thread and will move these running statistics, or is one of `tensors`."""
+    finish(tensors)
+    block = blocks.get(threading.get_ident())
+    if block is not None and running_mean is not None:
+        for batch in list(block.batches.values()):
+            if batch.moves(running_mean):
+                batch.run()
 
 
 def wait(layer: object, call: Call, group: str) -> Tensor | None:

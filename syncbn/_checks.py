@@ -83,7 +83,10 @@ def _check_mask(mask: Tensor, input: Tensor) -> None:
     if mask.dtype == torch.bool:
         _check_ordinary("mask", mask)
     elif not mask.is_floating_point():
-        raise DTypeError(f"expected mask as bool or floating-point weights, got {mask.dtype}: pass mask.bool()")
+        raise DTypeError(
+            f"expected mask as bool or floating-point weights, got {mask.dtype}: pass mask.bool(), or mask.float() for "
+            "weights"
+        )
     else:
         _check_kind("mask", mask)
     if mask.requires_grad:

@@ -24,7 +24,8 @@ class ConversionReport:
 
     Attributes:
         converted: what is synchronised: the name of its original class.
-        skipped: left as it is because the caller wants it so, or since it is synchronised already.
+        skipped: left as it is because the caller wants it so, or since it is synchronised already; the latter takes the
+            process group, if one is given.
         refused: cannot be converted without changing what it computes; as long as there is one, nothing is converted.
         left: no nn.BatchNorm, but it looks like one, or it holds one that it does not always run.
     """

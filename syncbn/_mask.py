@@ -114,9 +114,9 @@ def _positions(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def flat_without_values(total: Tensor) -> Tensor:
-    """Return a new `[Σwx, Σwx², N]`, with an infinite variance where N < 1, (2C+1,).
+    """Return a new `[Σwx, Σwx², N]`, with an infinite variance where N <= 1, (2C+1,).
 
     Then 1/√(σ²+ε) is 0 and y = bias, whatever the values outside are.
     """
     s1, s2, count = total.tensor_split([total.numel() // 2, total.numel() - 1])
-    return torch.cat([s1, torch.where(count < 1, torch.inf, s2), count])
+    return torch.cat([s1, torch.where(count <= 1, torch.inf, s2), count])

@@ -56,35 +56,11 @@ def catches(layer: Any) -> bool:
 _OPERATOR = (torch.ops.syncbn.forward, torch.ops.syncbn.forward.default)
 
 
-class _Catch(TorchFunctionMode):
-    """Sends the calls of `F.batch_norm` for `layer` to ours, and notes each normalisation of it in `calls`."""
+class CatchBatchNorm(TorchFunctionMode):
+    """Under it `F.batch_norm` and `torch.batch_norm` become `batch_norm`, with the arguments of the former."""
 
-    def __init__(self, layer: Any, calls: list[Any]) -> None:
-        super().__init__()
-        self.layer = layer
-        self.calls = calls
-        # A child that is a norm layer as well, left out of the conversion, normalises for itself.
-        children = [m for m in layer.modules() if m is not layer] if layer._modules else []
-        self.others = [t for m in children for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.batch_norm:
-            return self._batch_norm(func, *args, **kwargs)
-        if func is torch.batch_norm:
-            return self._torch_batch_norm(*args, **kwargs)
-        if func is train and self._is_for_layer(args[1].tensors):  # by super().forward, not by a child
-            self.calls.append(func)
-        if func in _OPERATOR and self._is_for_layer(args[1:4]):  # the same, in torch.compile
-            self.calls.append(func)
-        return func(*args, **kwargs)
-
-    def _is_for_layer(self, tensors: tuple[Tensor | None, ...]) -> bool:
-        return not any(t is other for t in tensors if t is not None for other in self.others)
-
-    def _batch_norm(
+    def batch_norm(
         self,
-        func: Any,
         input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
@@ -94,18 +70,22 @@ class _Catch(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        tensors = (running_mean, running_var, weight, bias)
-        if not self._is_for_layer(tensors):
-            return func(input, *tensors, training, momentum, eps)  # type: ignore[no-any-return]
-        self.calls.append(func)
-        layer = self.layer
-        epilogue = Epilogue(weight, bias, None, layer._activation)
-        if training and layer.training:
-            return train(input, epilogue, Running(running_mean, running_var, None, momentum), eps, layer._group.key)
-        statistics = (None, None) if training else (running_mean, running_var)
-        return evaluate(input, epilogue, *statistics, eps)
+        """Do what `F.batch_norm` does."""
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
-    def _torch_batch_norm(
+    def note(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Look at the call of any other function."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return self.batch_norm(*args, **kwargs)
+        if func is torch.batch_norm:
+            return self._operator(*args, **kwargs)
+        self.note(func, args)
+        return func(*args, **kwargs)
+
+    def _operator(
         self,
         input: Tensor,
         weight: Tensor | None,
@@ -117,7 +97,51 @@ class _Catch(TorchFunctionMode):
         eps: float,
         cudnn_enabled: bool,
     ) -> Tensor:
-        return self._batch_norm(F.batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return self.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+class _Catch(CatchBatchNorm):
+    """Sends the calls of `F.batch_norm` for `layer` to ours, and notes each normalisation of it in `calls`."""
+
+    def __init__(self, layer: Any, calls: list[Any]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.calls = calls
+        # A child that is a norm layer as well, left out of the conversion, normalises for itself.
+        children = [m for m in layer.modules() if m is not layer] if layer._modules else []
+        self.others = [t for m in children for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+
+    def note(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Note a normalisation by `super().forward`: in torch.compile it is the operation, else `train`."""
+        if (func is train and self._is_for_layer(args[1].tensors)) or (
+            func in _OPERATOR and self._is_for_layer(args[1:4])
+        ):
+            self.calls.append(func)
+
+    def batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Synchronise it, if it is for the layer."""
+        tensors = (running_mean, running_var, weight, bias)
+        if not self._is_for_layer(tensors):
+            return F.batch_norm(input, *tensors, training, momentum, eps)
+        self.calls.append(F.batch_norm)
+        epilogue = Epilogue(weight, bias, None, self.layer._activation)
+        if not training:
+            return evaluate(input, epilogue, running_mean, running_var, eps)
+        running = Running(running_mean, running_var, None, momentum)
+        return train(input, epilogue, running, eps, self.layer._group.key)
+
+    def _is_for_layer(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        return not any(t is other for t in tensors if t is not None for other in self.others)
 
 
 def has_own_forward(cls: type[nn.Module]) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor
 from .errors import InputError
 
 UNSEEN = (
-    "code that torch does not announce (an extension in C++, a weak reference): give that y.clone(), or end the block "
-    "before"
+    "code that torch does not announce (an extension in C++, a weak reference, the arguments of a checkpoint): give "
+    "that y.clone(), or end the block before"
 )
 
 

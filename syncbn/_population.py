@@ -16,10 +16,13 @@ from ._alike import Named, check_alike, check_plain, device_of, facts_of
 from ._checks import check
 from ._epilogue import Epilogue
 from ._layer import Synchronised
+from ._own_forward import CatchBatchNorm, has_own_forward
+from ._pending import finish
 from ._statistics import mean_and_variance, unbiased
 from .comm import Communicator
 from .comm._groups import ProcessGroup, resolve
 from .errors import InputError
+from .functional import train
 from .kernels import _composed as composed
 from .kernels import kernels_for
 
@@ -59,8 +62,9 @@ def recompute_statistics(
 
     Raises:
         InputError: the layers or their modes differ between ranks, all are in eval mode, a rank has fewer batches than
-            another, a layer was given anything but (N, C, *), or none was run.
-        DTypeError: running statistics are not plain tensors.
+            another, a layer was given anything but (N, C, *), none was run, or a forward of its own does not say which
+            values are normalised: it calls neither `super().forward` nor `F.batch_norm` with its running statistics.
+        DTypeError: running statistics, or inputs of layers, are not plain tensors (DTensors).
 
     Collectives: one of 3P numbers among P ranks, one of P before each batch and at the end, those of the forwards, and
     one of the 2C+1 numbers of all layers.
@@ -84,12 +88,14 @@ def recompute_statistics(
         )
     sums = [layer.running_mean.new_zeros(2 * layer.num_features + 1, dtype=torch.float64) for layer in layers.values()]
     before = [(buffer, buffer.clone()) for _, buffer in buffers_of(layers)]
-    hooks = [
-        layer.register_forward_pre_hook(partial(_add, into), with_kwargs=True)
-        for layer, into in zip(layers.values(), sums, strict=True)
-    ]
+    measure = _Measure()
+    hooks = []
+    for layer, into in zip(layers.values(), sums, strict=True):
+        own = has_own_forward(type(layer))
+        hook = measure.expect(layer, into) if own else partial(_add_input, into)
+        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:
-        with _eagerly(model):
+        with _eagerly(model), measure if measure.sums else nullcontext():
             for batch in _in_step(batches, comm, device):
                 (forward or model)(batch)
     finally:
@@ -97,6 +103,7 @@ def recompute_statistics(
             hook.remove()
         for buffer, value in before:
             buffer.copy_(value)
+    measure.check(layers)
     totals = _sum(sums, comm, device)
     if layers and not any(total[-1] for total in totals):
         raise InputError("no batch norm layer was run: pass batches, and a `forward` that is not compiled")
@@ -197,12 +204,58 @@ def _sum(vectors: Sequence[Tensor], comm: Communicator, device: torch.device) ->
     return torch.split(comm.all_reduce(flat), [len(vector) for vector in vectors])
 
 
-def _add(sums: Tensor, layer: Any, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+def _add_input(sums: Tensor, layer: Any, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
     """Add `[Σx, Σx², n]` of a layer's input, before its forward."""
-    x = args[0] if args else kwargs["input"]
-    mask = kwargs.get("mask")
-    check(x, Epilogue(), layer.running_mean, layer.running_var, mask)
+    _add(sums, args[0] if args else kwargs["input"], layer.running_mean, kwargs.get("mask"))
+
+
+def _add(sums: Tensor, x: Tensor, mean: Tensor, mask: Tensor | None) -> None:
+    finish((x, mask))
+    check(x, Epilogue(), mean, mean, mask)
     sums.add_(kernels_for(x).moments(x) if mask is None else composed.moments(x, mask))
+
+
+class _Measure(CatchBatchNorm):
+    """Adds up what layers with a forward of their own normalise, where they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: dict[int, Tensor] = {}  # by the id of a layer's running mean
+        self._run: set[int] = set()
+        self._measured: set[int] = set()
+
+    def expect(self, layer: Any, sums: Tensor) -> Callable[..., None]:
+        """Measure `layer`; the result is to be called before its forward."""
+        self.sums[id(layer.running_mean)] = sums
+        return lambda layer, *_: self._run.add(id(layer.running_mean))
+
+    def note(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Measure a layer of ours."""
+        if func is train:
+            x, _, running, _, _, mask = args
+            self._add(x, running.mean, mask)
+
+    def batch_norm(
+        self, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Measure a layer of torch's."""
+        self._add(input, running_mean, None)
+        return super().batch_norm(input, running_mean, running_var, *args, **kwargs)
+
+    def _add(self, x: Tensor, mean: Tensor | None, mask: Tensor | None) -> None:
+        if mean is not None and id(mean) in self.sums:
+            _add(self.sums[id(mean)], x, mean, mask)
+            self._measured.add(id(mean))
+
+    def check(self, layers: Mapping[str, Any]) -> None:
+        """Refuse layers that were run and not measured."""
+        for name, layer in layers.items():
+            if id(layer.running_mean) in self._run - self._measured:
+                raise InputError(
+                    f"{name or 'the model'}, a {type(layer).__name__} with a forward of its own, calls neither "
+                    "super().forward nor F.batch_norm with its running statistics: put it into eval mode to leave it "
+                    "out"
+                )
 
 
 def _as_sums(layer: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -96,6 +97,23 @@ class _Context(AbstractContextManager[None]):
 entered: dict[int, list[tuple[list[_Saved], Iterator[_Saved] | None]]] = {}
 
 
+@contextlib.contextmanager
+def only(depth: int) -> Iterator[None]:
+    """Be in the outermost `depth` of this thread's contexts alone."""
+    here = entered.get(threading.get_ident(), [])
+    aside = here[depth:]
+    del here[depth:]
+    try:
+        yield
+    finally:
+        here.extend(aside)
+
+
+def depth() -> int:
+    """Return how many contexts this thread is in."""
+    return len(entered.get(threading.get_ident(), ()))
+
+
 def _here() -> Iterator[tuple[list[_Saved], Iterator[_Saved] | None]]:
     """Return the contexts of this thread, the innermost first."""
     return reversed(entered.get(threading.get_ident(), []))
@@ -146,4 +164,5 @@ def _next(saved: list[_Saved], rest: Iterator[_Saved], x: Tensor, running: Runni
 
 
 def _address(running: Running | None) -> int:
-    return 0 if running is None or running.mean is None else running.mean.data_ptr()
+    """Return 0 where the statistics may be made for the call: those of a layer come with its count of batches."""
+    return 0 if running is None or running.mean is None or running.batches is None else running.mean.data_ptr()

@@ -33,7 +33,8 @@ class Running(NamedTuple):
 
 def mean_and_variance(total: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance, float64 (C,), from `[Σx, Σx², N]` (2C+1,); zeros where N is 0."""
-    s1, s2 = (total[:-1] / total[-1:].clamp(min=1)).chunk(2)
+    count = total[-1:]
+    s1, s2 = (total[:-1] / torch.where(count > 0, count, 1.0)).chunk(2)
     return s1, (s2 - s1.square()).clamp(min=0)
 
 
@@ -80,8 +81,8 @@ def refuse_total(total: Tensor) -> None:
 
 
 def refuse_count(count: float) -> None:
-    """Raise InputError where N values per channel over all replicas have no variance, unless there are none at all."""
-    if count > 1 or count == 0:
+    """Raise InputError where N values per channel over all replicas have no variance: 0 < N <= 1, or NaN."""
+    if count > 1 or count <= 0:  # 0: there are none at all; -1: see `once`
         return
     if count != count:  # see `weights_of`
         raise InputError(

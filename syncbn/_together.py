@@ -22,7 +22,8 @@ def normalize_together(
     What `together` says of the graph holds here, too.
 
     Args:
-        layers: SyncBatchNorm, or converted, all of one process group; none depends on the output of another.
+        layers: SyncBatchNorm, or converted, all of one process group; none depends on the output of another, none has a
+            forward of its own.
         inputs: one (N, C, *) for each layer, all on one device; shapes, C and dtypes may differ.
         residuals: None, or one for each layer, each a tensor or None.
 
@@ -30,8 +31,9 @@ def normalize_together(
         The outputs, in the order of the layers.
 
     Raises:
-        InputError: another number of inputs or residuals than of layers, something that is no layer of ours, inputs on
-            several devices, or what the layers themselves refuse. Nothing has been computed or sent then.
+        InputError: another number of inputs or residuals than of layers, something that is no layer of ours or has a
+            forward of its own, inputs on several devices, or what the layers themselves refuse. Nothing has been
+            computed or sent then.
         GroupError: layers of several process groups.
 
     Collectives: one float64 all-reduce of Σ(2C+1) numbers over the layers that train, and a backward of Σ2C over those
@@ -53,6 +55,11 @@ def normalize_together(
             raise InputError(
                 f"layers[{number}] is a {type(layer).__name__}, no layer of syncbn: convert_sync_batchnorm(model) first"
             )
+        if type(layer).forward is not Synchronised.forward:
+            raise InputError(
+                f"layers[{number}], a {type(layer).__name__}, has a forward of its own, which uses the output at once: "
+                "call it by itself"
+            )
     devices = {str(x.device) for x in inputs}
     if len(devices) > 1:
         raise InputError(f"expected `inputs` on one device, got {', '.join(sorted(devices))}: one call for each")
@@ -60,9 +67,4 @@ def normalize_together(
     if len(groups) > 1:
         raise GroupError(f"expected `layers` of one process group, got {', '.join(sorted(groups))}: one call for each")
     with block():
-        return [layer(x, *_given(residual)) for layer, x, residual in zip(layers, inputs, residuals, strict=True)]
-
-
-def _given(residual: Tensor | None) -> tuple[Tensor, ...]:
-    """Return the arguments behind the input: a forward of its own may take no residual."""
-    return () if residual is None else (residual,)
+        return [layer(x, residual) for layer, x, residual in zip(layers, inputs, residuals, strict=True)]

@@ -37,11 +37,22 @@ def replace_torch_conversion() -> contextlib.ExitStack:
         >>> type(nn.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm1d(4))).__name__
         'SyncBatchNorm'
     """
-    before = vars(nn.SyncBatchNorm)["convert_sync_batchnorm"]
+    global _replacements
+    _replacements += 1
     nn.SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)  # type: ignore[method-assign]
     stack = contextlib.ExitStack()
-    stack.callback(setattr, nn.SyncBatchNorm, "convert_sync_batchnorm", before)
+    stack.callback(_undo)
     return stack
+
+
+_replacements = 0  # that are not undone
+
+
+def _undo() -> None:
+    global _replacements
+    _replacements -= 1
+    if _replacements == 0:
+        nn.SyncBatchNorm.convert_sync_batchnorm = _watched  # type: ignore[method-assign]
 
 
 def _watch() -> Any:
@@ -75,4 +86,4 @@ def _look_at(module: nn.Module) -> None:
         log.warning("torch's conversion replaces %d layers of syncbn by nn.SyncBatchNorm: %s", len(ours), remedy)
 
 
-nn.SyncBatchNorm.convert_sync_batchnorm = _watch()  # type: ignore[method-assign]
+_watched = nn.SyncBatchNorm.convert_sync_batchnorm = _watch()  # type: ignore[method-assign]

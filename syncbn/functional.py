@@ -12,7 +12,6 @@ from . import _autograd, _block, _operators
 from ._checks import check, is_traced, refuse_transforms
 from ._dtensor import group_of, locally
 from ._epilogue import ActivationLike, Epilogue, activation_of
-from ._pending import finish
 from ._statistics import Running
 from .comm import SingleProcess
 from .comm._groups import ProcessGroup, communicator, key_of
@@ -138,9 +137,11 @@ def train(
     tensors = (input, *epilogue.tensors, mask)
     if has_torch_function(tensors):  # subclasses and modes decide, as for a function of torch's own
         return handle_torch_function(train, tensors, input, epilogue, running, eps, group, mask)
+    if _block.blocks and not torch.compiler.is_compiling():
+        _block.settle(running.mean)
     if type(input) is DTensor:
         group = group_of(input, group)
-        return locally(lambda x, e, of, m: train(x, e, of, eps, group, m), input, epilogue, running, mask)
+        return locally(lambda x, parts, of, mask: train(x, parts, of, eps, group, mask), input, epilogue, running, mask)
     check(input, epilogue, running.mean, running.var, mask)
     if is_traced(input):
         return _operators.sync_batch_norm(input, epilogue, running, eps, group, mask)
@@ -157,11 +158,13 @@ def evaluate(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Use torch's own kernel, after the conversions that it asks for but does not make."""
-    if _block.blocks:
-        finish((input, epilogue.residual, mask))
+    if _block.blocks and not torch.compiler.is_compiling():
+        _block.settle(running_mean, input, epilogue.residual, mask)
     if type(input) is DTensor:
         running = Running(running_mean, running_var)
-        return locally(lambda x, e, of, m: evaluate(x, e, of.mean, of.var, eps, m), input, epilogue, running, mask)
+        return locally(
+            lambda x, parts, of, mask: evaluate(x, parts, of.mean, of.var, eps, mask), input, epilogue, running, mask
+        )
     check(input, epilogue, running_mean, running_var, mask)
     batch_statistics = running_mean is None or running_var is None
     if batch_statistics and mask is not None:  # which torch's kernel does not know

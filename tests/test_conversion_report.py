@@ -264,6 +264,15 @@ def test_torchs_conversion_is_ours_until_it_is_undone() -> None:
         assert vars(nn.SyncBatchNorm)["convert_sync_batchnorm"] is torchs
 
 
+def test_torchs_conversion_is_ours_as_long_as_anybody_wants():
+    watched = vars(nn.SyncBatchNorm)["convert_sync_batchnorm"]
+    first, second = syncbn.replace_torch_conversion(), syncbn.replace_torch_conversion()
+    first.close()
+    assert isinstance(nn.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(3)), SyncBatchNorm)
+    second.close()
+    assert vars(nn.SyncBatchNorm)["convert_sync_batchnorm"] is watched
+
+
 def test_torchs_conversion_says_what_it_replaces(caplog: pytest.LogCaptureFixture) -> None:
     plain = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3))))
     assert [type(m) for m in (plain[0], plain[1][0])] == [nn.SyncBatchNorm] * 2

@@ -127,6 +127,50 @@ def test_what_a_layer_leaves_out_is_left_out():
     assert_tensor_close(layer.running_var, valid.var(0))
 
 
+class Shifted(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x.relu() + 10)
+
+
+class ByFunction(nn.BatchNorm1d):
+    def forward(self, x):
+        x = x.relu() + 10
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+
+class Elsewhere(nn.BatchNorm1d):
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.running_mean.clone(), self.running_var.clone(), training=True)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("kind", [Shifted, ByFunction])
+def test_a_forward_of_its_own_is_measured_where_it_normalises(kind, converted):
+    layer, x = kind(3).double(), torch.randn(4, 3, 5, dtype=torch.float64)
+    if converted:
+        convert_sync_batchnorm(layer)
+    recompute_statistics(nn.Sequential(layer), [x[:1], x[1:]])
+    values = (x.relu() + 10).movedim(1, -1).flatten(0, 1)
+    assert_tensor_close(layer.running_mean, values.mean(0))
+    assert_tensor_close(layer.running_var, values.var(0))
+
+
+def test_a_forward_that_does_not_say_what_it_normalises_is_refused():
+    model = nn.Sequential(Elsewhere(3))
+    with pytest.raises(InputError, match="0, a Elsewhere with a forward of its own, calls neither"):
+        recompute_statistics(model, [torch.randn(4, 3)])
+    assert torch.equal(model[0].running_mean, torch.zeros(3))
+
+
+def test_layers_that_wait_are_measured():
+    layers, x = nn.Sequential(SyncBatchNorm(3), SyncBatchNorm(3)).double(), torch.randn(4, 3, dtype=torch.float64)
+    expected = copy.deepcopy(layers)
+    recompute_statistics(layers, [x], forward=syncbn.together()(layers))
+    recompute_statistics(expected, [x])
+    for ours, theirs in zip(layers.buffers(), expected.buffers(), strict=True):
+        assert_tensor_close(ours, theirs)
+
+
 def test_nothing_else_changes():
     model = network(convert=True)
     model[3].momentum = None

@@ -744,6 +744,83 @@ def test_checkpoint(region):
     assert ours == [COUNTS[region]] * 4
 
 
+@pytest.mark.parametrize("tracked", [True, False])
+def test_what_waits_outside_is_not_saved_for_a_region(tracked):
+    """A region needs what waits around it; the region's own layer is the only one that it keeps."""
+    x, g = torch.randn(4, 3, 5, dtype=torch.float64), torch.randn(4, 3, 5, dtype=torch.float64)
+
+    def run(region, block):
+        options = {"track_running_stats": tracked, "process_group": SingleProcess()}
+        first, second = (randomized(SyncBatchNorm(3, **options)).double() for _ in range(2))
+        leaf = x.clone().requires_grad_()
+        with block:
+            y = first(leaf)
+            z = region(lambda t, held: second(held[0] * t + 1).sin(), leaf, [y]) * 1
+        (z * g).sum().backward()
+        return z, leaf.grad, first.weight.grad, second.weight.grad
+
+    def saved(function, *args):
+        return checkpoint(function, *args, use_reentrant=False, context_fn=syncbn.saved_statistics)
+
+    plain = run(lambda function, *args: function(*args), contextlib.nullcontext())
+    for ours, theirs in zip(run(saved, together()), plain, strict=True):
+        assert_tensor_close(ours, theirs)
+
+
+def test_a_region_is_recomputed_in_a_block():
+    """What waits meanwhile takes no sums of the region's."""
+    layer, other, x = *(SyncBatchNorm(3).double() for _ in range(2)), torch.randn(4, 3, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    z = checkpoint(lambda t: layer(t).sin(), leaf, use_reentrant=False, context_fn=syncbn.saved_statistics)
+    with together():
+        y = other(x * 2)
+        z.sum().backward()
+    assert_tensor_close(y, copy.deepcopy(other)(x * 2))
+
+
+@pytest.mark.parametrize("read", ["eval", "function", "training function"])
+def test_statistics_that_a_waiting_layer_moves_are_moved_before_they_are_read(read):
+    x, z = torch.randn(4, 3), torch.randn(4, 3)
+
+    def run(block):
+        layer = SyncBatchNorm(3)
+        with block:
+            layer(x)
+            statistics = layer.running_mean, layer.running_var
+            if read == "eval":
+                return layer.eval()(z)
+            sync_batch_norm(z, *statistics, training=read == "training function")
+        return layer.running_mean
+
+    assert torch.equal(run(together()), run(contextlib.nullcontext()))
+
+
+def test_under_a_transform_of_torch_func():
+    layer, x = SyncBatchNorm(3), torch.randn(4, 3)
+    with together():
+        y = layer(x)
+        with pytest.raises(InputError, match=r"torch\.func"):
+            torch.func.grad(lambda t: (t * y).sum())(torch.ones(4, 3))
+        assert type(y + 0) is torch.Tensor
+        assert y.requires_grad
+
+
+def test_a_failure_is_told_to_all_that_waited():
+    layers = [SyncBatchNorm(3, process_group=SingleProcess()) for _ in range(2)]
+    with together():
+        for y in layers[0](torch.randn(4, 3)), layers[1](torch.randn(1, 3)):
+            with pytest.raises(InputError, match="more than 1 value per channel"):
+                y + 0
+
+
+def test_a_patch_of_apply_that_came_later_stays(monkeypatch):
+    theirs = classmethod(lambda cls, *args: None)
+    monkeypatch.setattr(torch.autograd.Function, "apply", theirs)
+    with together():
+        pass
+    assert vars(torch.autograd.Function)["apply"] is theirs
+
+
 def test_a_nested_block_comes_after_what_waits_outside():
     def nested(layer, x):
         with together():

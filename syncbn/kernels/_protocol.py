@@ -38,10 +38,10 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Return y and `[mean, 1/√(σ²+ε), N]`, (2C+1,); move the `running` statistics.
 
-        `total` is `[Σx, Σx², N]` over all replicas.
+        `total` is `[Σx, Σx², N]` over all replicas; Σx² may be infinite, 1/√(σ²+ε) is 0 then.
 
         Raises:
-            InputError: N is 1, and the number lies on the CPU; nothing has moved.
+            InputError: 0 < N <= 1 or N is NaN, and the number lies on the CPU; nothing has moved.
         """
 
     def backward_sums(
