@@ -806,7 +806,8 @@ def test_under_a_transform_of_torch_func():
 
 
 def test_a_failure_is_told_to_all_that_waited():
-    layers = [SyncBatchNorm(3, process_group=SingleProcess()) for _ in range(2)]
+    comm = SingleProcess()
+    layers = [SyncBatchNorm(3, process_group=comm) for _ in range(2)]
     with together():
         for y in layers[0](torch.randn(4, 3)), layers[1](torch.randn(1, 3)):
             with pytest.raises(InputError, match="more than 1 value per channel"):
