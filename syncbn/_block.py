@@ -97,6 +97,7 @@ def _open(thread: int, block: _Block | None) -> None:
 
     torch tells subclasses of every operation but that: the Function would have no edge to what computes the tensor.
     """
+    global _theirs
     with _lock:
         before = bool(blocks)
         if block is None:
@@ -104,19 +105,21 @@ def _open(thread: int, block: _Block | None) -> None:
         else:
             blocks[thread] = block
         if blocks and not before:
-            _functions_apply.append(vars(Function)["apply"])
+            _theirs = vars(Function)["apply"]
             Function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
         elif before and not blocks:
-            Function.apply = _functions_apply.pop()  # type: ignore[method-assign]
+            Function.apply = _theirs  # type: ignore[method-assign]
 
 
-_functions_apply: list[Any] = []  # what stood there before the first block was opened
+_theirs: Any = vars(Function)[
+    "apply"
+]  # what stood there before the first block was opened; a thread may be in it still
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """Stand for `Function.apply`."""
     finish(args)
-    return _functions_apply[-1].__get__(None, cls)(*args, **kwargs)
+    return _theirs.__get__(None, cls)(*args, **kwargs)
 
 
 class _Mode(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from typing import Any
 
@@ -59,6 +60,7 @@ def _watch() -> Any:
     """Return torch's conversion with a look at the model before it."""
     torchs: Any = vars(nn.SyncBatchNorm)["convert_sync_batchnorm"]
 
+    @functools.wraps(torchs.__func__)
     def convert_sync_batchnorm(cls: Any, module: nn.Module, process_group: Any = None) -> Any:
         _look_at(module)
         return torchs.__func__(_Unwatched, module, process_group)
@@ -66,7 +68,6 @@ def _watch() -> Any:
     class _Unwatched:  # torch's conversion calls itself for the children
         convert_sync_batchnorm = torchs
 
-    convert_sync_batchnorm.__doc__ = torchs.__doc__
     return classmethod(convert_sync_batchnorm)
 
 
