@@ -150,7 +150,7 @@ def kernels(chosen: Any) -> Iterator[None]:
     with (
         mock.patch.object(_select, "_sets", (chosen,)),
         mock.patch.object(chosen, "takes", return_value=True),
-        mock.patch.object(_triton, "refuse_one_value"),  # reads a number of the CPU, but none of a GPU
+        mock.patch.object(_triton, "refuse_total"),  # reads a number of the CPU, but none of a GPU
     ):
         yield
 
