@@ -75,9 +75,10 @@ _PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
 
 def _check_mask(mask: Tensor, input: Tensor) -> None:
     samples, _, *spatial = input.shape
-    if mask.shape not in ((samples, 1, *spatial), (samples, *spatial)):
+    with_channel, without = (samples, 1, *spatial), (samples, *spatial)
+    if mask.shape != with_channel and mask.shape != without:  # in torch.compile, `in` knows no dynamic sizes
         raise InputError(
-            f"expected mask of shape {(samples, 1, *spatial)} or {(samples, *spatial)} for input of shape "
+            f"expected mask of shape {with_channel} or {without} for input of shape "
             f"{tuple(input.shape)}, got {tuple(mask.shape)}: one weight for all channels of a position"
         )
     if mask.dtype == torch.bool:

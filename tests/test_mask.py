@@ -30,7 +30,7 @@ import syncbn
 import syncbn._statistics
 from syncbn import SyncBatchNorm, convert_sync_batchnorm, valid_positions
 from syncbn._epilogue import Epilogue
-from syncbn.comm import run_threads
+from syncbn.comm import SingleProcess, run_threads
 from syncbn.errors import ConversionError, DTypeError, InputError
 from syncbn.functional import sync_batch_norm
 from syncbn.kernels import _composed, composed_only
@@ -490,6 +490,18 @@ def test_eval_without_statistics_takes_those_of_its_own_valid_values(traced):
 
 
 # Who else looks on
+
+
+def test_compiled_for_sizes_that_change():
+    """The second size makes the input's sizes unknown to the compiler; the mask's, which comes later, it knows."""
+    torch._dynamo.reset()
+    layer = SyncBatchNorm(3, process_group=SingleProcess(), track_running_stats=False).double()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for samples, length in ((4, 6), (5, 7)):
+        compiled(torch.randn(samples, 3, length, dtype=torch.float64))
+    x, mask = torch.randn(6, 3, 5, dtype=torch.float64), torch.rand(6, 5) < 0.7
+    for shape in ((6, 5), (6, 1, 5)):
+        assert_tensor_close(compiled(x, mask=mask.view(shape)), layer(x, mask=mask))
 
 
 def masked(layer: nn.Module, mask: Tensor) -> Callable[[Tensor], Tensor]:
