@@ -111,9 +111,9 @@ def _open(thread: int, block: _Block | None) -> None:
             Function.apply = _theirs  # type: ignore[method-assign]
 
 
-_theirs: Any = vars(Function)[
-    "apply"
-]  # what stood there before the first block was opened; a thread may be in it still
+# What stood there before the first block was opened. It stays when the last one is closed: another thread may be about
+# to call it.
+_theirs: Any = vars(Function)["apply"]
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -265,6 +265,8 @@ _NAMES = ("input", "weight", "bias", "residual", "mask")
 
 def settle(running_mean: Tensor | None, *tensors: Tensor | None) -> None:
     """Compute what waits in this thread and will move these running statistics, or is one of `tensors`."""
+    if torch.compiler.is_compiling():
+        return
     finish(tensors)
     block = blocks.get(threading.get_ident())
     if block is not None and running_mean is not None:

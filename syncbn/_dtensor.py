@@ -13,8 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from ._epilogue import Epilogue
 from ._statistics import Running
-from .comm._groups import key_of, key_of_parts
-from .comm._single import SingleProcess
+from .comm._groups import alone, key_of, key_of_parts
 from .errors import GroupError, InputError
 
 
@@ -96,7 +95,7 @@ def group_of(input: DTensor, group: str) -> str:
     mesh = input.device_mesh
     dims = [dim for dim, placement in enumerate(input.placements) if placement.is_shard() and mesh.size(dim) > 1]
     if not dims:
-        return _alone.key
+        return alone.key
     if len(dims) == 1:
         return key_of(mesh.get_group(dims[0]))
     if mesh.size() != dist.get_world_size():
@@ -112,6 +111,3 @@ def _key_over(mesh: DeviceMesh, dims: tuple[int, ...]) -> str:
     others = [dim for dim in range(mesh.ndim) if dim not in dims]
     ranks = mesh.mesh.permute(*others, *dims).reshape(-1, math.prod(mesh.size(dim) for dim in dims))
     return key_of_parts(ranks.tolist())
-
-
-_alone = SingleProcess()

@@ -6,7 +6,7 @@ that call is caught while the forward runs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,22 +56,25 @@ def catches(layer: Any) -> bool:
 _OPERATOR = (torch.ops.syncbn.forward, torch.ops.syncbn.forward.default)
 
 
-class CatchBatchNorm(TorchFunctionMode):
-    """Under it `F.batch_norm` and `torch.batch_norm` become `batch_norm`, with the arguments of the former."""
+class BatchNormCall(NamedTuple):
+    """The arguments of `F.batch_norm`."""
 
-    def batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        """Do what `F.batch_norm` does."""
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+class CatchBatchNorm(TorchFunctionMode):
+    """Under it calls of `F.batch_norm` and `torch.batch_norm` go to `batch_norm`."""
+
+    def batch_norm(self, call: BatchNormCall) -> Tensor:
+        """Do what was called."""
+        return F.batch_norm(*call)
 
     def note(self, func: Any, args: tuple[Any, ...]) -> None:
         """Look at the call of any other function."""
@@ -79,25 +82,26 @@ class CatchBatchNorm(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm:
-            return self.batch_norm(*args, **kwargs)
+            return self.batch_norm(BatchNormCall(*args, **kwargs))
         if func is torch.batch_norm:
-            return self._operator(*args, **kwargs)
+            return self.batch_norm(_of_operator(*args, **kwargs))
         self.note(func, args)
         return func(*args, **kwargs)
 
-    def _operator(
-        self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        cudnn_enabled: bool,
-    ) -> Tensor:
-        return self.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+def _of_operator(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> BatchNormCall:
+    """Take the arguments of `torch.batch_norm`, in another order and without defaults."""
+    return BatchNormCall(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 class _Catch(CatchBatchNorm):
@@ -118,21 +122,11 @@ class _Catch(CatchBatchNorm):
         ):
             self.calls.append(func)
 
-    def batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
+    def batch_norm(self, call: BatchNormCall) -> Tensor:
         """Synchronise it, if it is for the layer."""
-        tensors = (running_mean, running_var, weight, bias)
-        if not self._is_for_layer(tensors):
-            return F.batch_norm(input, *tensors, training, momentum, eps)
+        input, running_mean, running_var, weight, bias, training, momentum, eps = call
+        if not self._is_for_layer((running_mean, running_var, weight, bias)):
+            return super().batch_norm(call)
         self.calls.append(F.batch_norm)
         epilogue = Epilogue(weight, bias, None, self.layer._activation)
         if not training:

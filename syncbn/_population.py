@@ -16,7 +16,7 @@ from ._alike import Named, check_alike, check_plain, device_of, facts_of
 from ._checks import check
 from ._epilogue import Epilogue
 from ._layer import Synchronised
-from ._own_forward import CatchBatchNorm, has_own_forward
+from ._own_forward import BatchNormCall, CatchBatchNorm, has_own_forward
 from ._pending import finish
 from ._statistics import mean_and_variance, unbiased
 from .comm import Communicator
@@ -235,12 +235,10 @@ class _Measure(CatchBatchNorm):
             x, _, running, _, _, mask = args
             self._add(x, running.mean, mask)
 
-    def batch_norm(
-        self, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def batch_norm(self, call: BatchNormCall) -> Tensor:
         """Measure a layer of torch's."""
-        self._add(input, running_mean, None)
-        return super().batch_norm(input, running_mean, running_var, *args, **kwargs)
+        self._add(call.input, call.running_mean, None)
+        return super().batch_norm(call)
 
     def _add(self, x: Tensor, mean: Tensor | None, mask: Tensor | None) -> None:
         if mean is not None and id(mean) in self.sums:

@@ -13,12 +13,9 @@ from ._checks import check, is_traced, refuse_transforms
 from ._dtensor import group_of, locally
 from ._epilogue import ActivationLike, Epilogue, activation_of
 from ._statistics import Running
-from .comm import SingleProcess
-from .comm._groups import ProcessGroup, communicator, key_of
+from .comm._groups import ProcessGroup, alone, communicator, key_of
 
 __all__ = ["sync_batch_norm"]
-
-_ALONE = SingleProcess()
 
 
 def sync_batch_norm(
@@ -137,7 +134,7 @@ def train(
     tensors = (input, *epilogue.tensors, mask)
     if has_torch_function(tensors):  # subclasses and modes decide, as for a function of torch's own
         return handle_torch_function(train, tensors, input, epilogue, running, eps, group, mask)
-    if _block.blocks and not torch.compiler.is_compiling():
+    if _block.blocks:
         _block.settle(running.mean)
     if type(input) is DTensor:
         group = group_of(input, group)
@@ -158,7 +155,7 @@ def evaluate(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Use torch's own kernel, after the conversions that it asks for but does not make."""
-    if _block.blocks and not torch.compiler.is_compiling():
+    if _block.blocks:
         _block.settle(running_mean, input, epilogue.residual, mask)
     if type(input) is DTensor:
         running = Running(running_mean, running_var)
@@ -168,7 +165,7 @@ def evaluate(
     check(input, epilogue, running_mean, running_var, mask)
     batch_statistics = running_mean is None or running_var is None
     if batch_statistics and mask is not None:  # which torch's kernel does not know
-        return train(input, epilogue, Running(None, None), eps, _ALONE.key, mask)
+        return train(input, epilogue, Running(None, None), eps, alone.key, mask)
     per_channel = [running_mean, running_var, epilogue.weight, epilogue.bias]
     dtypes = {tensor.dtype for tensor in per_channel if tensor is not None}
     mixed = input.dtype in (torch.float16, torch.bfloat16) and dtypes == {torch.float32}  # torch's one allowed mixture

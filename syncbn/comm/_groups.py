@@ -39,8 +39,8 @@ _EXPECTED = (
 
 # ---- the world and its parts
 
-_alone = SingleProcess()
-_world: BaseCommunicator = _alone
+alone = SingleProcess()
+_world: BaseCommunicator = alone
 _parts: dict[str, Communicator] = {}  # of this world, by key
 
 
@@ -54,7 +54,7 @@ def world() -> BaseCommunicator:
         >>> world().size
         1
     """
-    if _world.state == "closed" or not _world.exists() or (_world is _alone and _torch_is_there()):
+    if _world.state == "closed" or not _world.exists() or (_world is alone and _torch_is_there()):
         return set_world(_successor(_world))
     return _world
 
@@ -62,12 +62,12 @@ def world() -> BaseCommunicator:
 def _successor(old: BaseCommunicator) -> BaseCommunicator:
     if isinstance(old, Horovod) and old.restarted():
         return Horovod()
-    return TorchDistributed(own_group=True) if _torch_is_there() else _alone
+    return TorchDistributed(own_group=True) if _torch_is_there() else alone
 
 
 def is_first() -> bool:
     """Tell whether this is rank 0, without making a communicator."""
-    return (dist.get_rank() if _world is _alone and _torch_is_there() else _world.rank) == 0
+    return (dist.get_rank() if _world is alone and _torch_is_there() else _world.rank) == 0
 
 
 def _torch_is_there() -> bool:

@@ -51,6 +51,13 @@ def made(factory: Callable[[], nn.Module]) -> Any:
     return factory().double().train()
 
 
+def small_network() -> nn.Module:
+    """Return a network of torchvision with 56 norm layers, for batches as `batch` makes them."""
+    from torchvision.models import shufflenet_v2_x0_5
+
+    return shufflenet_v2_x0_5(num_classes=3)  # type: ignore[no-any-return]
+
+
 def random_images(step: int, *shape: int) -> Tensor:
     """Draw images that differ in brightness, so that local statistics would show."""
     generator = torch.Generator().manual_seed(step)

@@ -10,6 +10,7 @@ from integrations.comparison import (
     largest_difference,
     made,
     sgd,
+    small_network,
     torchrun_variables,
     trained_on_whole_batches,
 )
@@ -20,15 +21,10 @@ import syncbn
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState  # noqa: E402
-from torchvision.models import shufflenet_v2_x0_5  # noqa: E402
-
-
-def _build() -> nn.Module:
-    return shufflenet_v2_x0_5(num_classes=3)
 
 
 def _train(rank: int, size: int) -> float:
-    model = made(_build)
+    model = made(small_network)
     optimizer = sgd(model)
     samples = [pair for step in range(STEPS) for pair in zip(*batch(step), strict=True)]
     loader = DataLoader(samples, batch_size=EQUAL[rank])
@@ -42,7 +38,7 @@ def _train(rank: int, size: int) -> float:
             optimizer.step()
         AcceleratorState._reset_state(reset_partial_state=True)
     assert isinstance(model, nn.parallel.DistributedDataParallel)
-    return largest_difference(model, trained_on_whole_batches(_build))
+    return largest_difference(model, trained_on_whole_batches(small_network))
 
 
 def test_a_loop(agrees) -> None:

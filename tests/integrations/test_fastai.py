@@ -13,6 +13,7 @@ from integrations.comparison import (
     largest_difference,
     made,
     mine,
+    small_network,
     torchrun_variables,
     trained_on_whole_batches,
 )
@@ -29,11 +30,6 @@ from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import SGD
-from torchvision.models import shufflenet_v2_x0_5
-
-
-def _build() -> nn.Module:
-    return shufflenet_v2_x0_5(num_classes=3)
 
 
 def _loaders(size: int) -> DataLoaders:
@@ -46,14 +42,14 @@ def _loaders(size: int) -> DataLoaders:
 def _train(rank: int, size: int) -> float:
     with torchrun_variables(rank, size), pytest.MonkeyPatch.context() as patch:
         patch.setattr(DistributedDL, "_broadcast", lambda self, indices, rank: indices)  # it goes by way of a GPU
-        model = made(_build)
+        model = made(small_network)
         sgd = functools.partial(SGD, mom=0.9)
         learn = Learner(_loaders(size), model, loss_func=nn.CrossEntropyLoss(), opt_func=sgd, lr=0.01)
         learn.remove_cbs([ProgressCallback, Recorder])  # which averages losses in float32
         with syncbn.replace_torch_conversion(), learn.distrib_ctx(sync_bn=True, cpu=True):
             learn.fit(1)
         AcceleratorState._reset_state(reset_partial_state=True)
-    return largest_difference(model, trained_on_whole_batches(_build))
+    return largest_difference(model, trained_on_whole_batches(small_network))
 
 
 def test_distrib_ctx(agrees) -> None:

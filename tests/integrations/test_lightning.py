@@ -14,6 +14,7 @@ from integrations.comparison import (
     made,
     mine,
     sgd,
+    small_network,
     torchrun_variables,
     trained_on_whole_batches,
 )
@@ -24,7 +25,6 @@ import syncbn
 lightning = pytest.importorskip("lightning")
 from lightning.pytorch.plugins import LayerSync  # noqa: E402
 from lightning.pytorch.plugins.environments import LightningEnvironment  # noqa: E402
-from torchvision.models import shufflenet_v2_x0_5  # noqa: E402
 
 
 class SyncBatchNormPlugin(LayerSync):
@@ -38,7 +38,7 @@ class SyncBatchNormPlugin(LayerSync):
 class Classifier(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = shufflenet_v2_x0_5(num_classes=3)
+        self.net = small_network()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)

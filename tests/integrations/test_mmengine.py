@@ -12,6 +12,7 @@ from integrations.comparison import (
     largest_difference,
     made,
     mine,
+    small_network,
     torchrun_variables,
     trained_on_whole_batches,
 )
@@ -24,13 +25,12 @@ pytest.importorskip("mmengine")
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
-from torchvision.models import shufflenet_v2_x0_5
 
 
 class Classifier(BaseModel):
     def __init__(self) -> None:
         super().__init__()
-        self.network = shufflenet_v2_x0_5(num_classes=3)
+        self.network = small_network()
 
     def forward(self, images: Tensor, labels: Tensor | None = None, mode: str = "tensor") -> Any:
         scores = self.network(images)

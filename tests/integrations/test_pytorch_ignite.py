@@ -11,6 +11,7 @@ from integrations.comparison import (
     made,
     mine,
     sgd,
+    small_network,
     trained_on_whole_batches,
 )
 from torch import nn
@@ -20,21 +21,16 @@ import syncbn
 pytest.importorskip("ignite")
 import ignite.distributed as idist
 from ignite.engine import create_supervised_trainer
-from torchvision.models import shufflenet_v2_x0_5
-
-
-def _build() -> nn.Module:
-    return shufflenet_v2_x0_5(num_classes=3)
 
 
 def _train(rank: int, size: int) -> float:
-    model = made(_build)
+    model = made(small_network)
     with syncbn.replace_torch_conversion():
         model = idist.auto_model(model, sync_bn=True)
     optimizer = idist.auto_optim(sgd(model))
     trainer = create_supervised_trainer(model, optimizer, nn.CrossEntropyLoss(), device=idist.device())
     trainer.run([[whole[mine(rank, EQUAL)] for whole in batch(step)] for step in range(STEPS)])
-    return largest_difference(model, trained_on_whole_batches(_build))
+    return largest_difference(model, trained_on_whole_batches(small_network))
 
 
 def test_auto_model(agrees) -> None:
@@ -43,7 +39,7 @@ def test_auto_model(agrees) -> None:
 
 def _without_replacement(rank: int, size: int) -> None:
     with pytest.raises(ValueError, match="SyncBatchNorm"):
-        idist.auto_model(_build(), sync_bn=True)
+        idist.auto_model(small_network(), sync_bn=True)
 
 
 def test_on_a_cpu_torchs_own_layers_are_refused(gloo) -> None:

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integrations.comparison import EQUAL, STEPS, batch, largest_difference, made, mine, sgd, trained_on_whole_batches
+from integrations.comparison import (
+    EQUAL,
+    STEPS,
+    batch,
+    largest_difference,
+    made,
+    mine,
+    sgd,
+    small_network,
+    trained_on_whole_batches,
+)
 from torch import nn
 
 import syncbn
@@ -18,18 +28,13 @@ import ray
 import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
-from torchvision.models import shufflenet_v2_x0_5
 
 ROOT = Path(__file__).parents[2]
 
 
-def _build() -> nn.Module:
-    return shufflenet_v2_x0_5(num_classes=3)
-
-
 def train(convert: bool) -> float:
     rank = ray.train.get_context().get_world_rank()
-    model = made(_build)
+    model = made(small_network)
     if convert:
         model = syncbn.convert_sync_batchnorm(model)
     model = prepare_model(model)
@@ -39,7 +44,7 @@ def train(convert: bool) -> float:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
-    return largest_difference(model, trained_on_whole_batches(_build))
+    return largest_difference(model, trained_on_whole_batches(small_network))
 
 
 def train_twice(config: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from integrations.comparison import (
     median_difference,
     mine,
     sgd,
+    small_network,
     trained_on_whole_batches,
 )
 from torch import nn
@@ -25,10 +26,6 @@ import syncbn
 from syncbn.comm import SingleProcess
 
 models = pytest.importorskip("torchvision.models")
-
-
-def _build() -> nn.Module:
-    return models.shufflenet_v2_x0_5(num_classes=3)
 
 
 def _fit(model: nn.Module, rank: int | None) -> None:
@@ -44,10 +41,10 @@ def _fit(model: nn.Module, rank: int | None) -> None:
 
 
 def _ddp(rank: int, size: int) -> float:
-    model = made(_build)
+    model = made(small_network)
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(model), forward_sync_buffers=False)
     _fit(model, rank)
-    return largest_difference(model, trained_on_whole_batches(_build))
+    return largest_difference(model, trained_on_whole_batches(small_network))
 
 
 def test_ddp_with_unequal_images(agrees) -> None:
@@ -61,11 +58,11 @@ def _shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
 
 
 def _fsdp(rank: int, size: int) -> float:
-    model = made(_build)
+    model = made(small_network)
     model = syncbn.convert_sync_batchnorm(model)
     _shard(model, init_device_mesh("cpu", (size,)))
     _fit(model, rank)
-    return largest_difference(model, trained_on_whole_batches(_build))
+    return largest_difference(model, trained_on_whole_batches(small_network))
 
 
 def test_fsdp2_with_unequal_images(agrees) -> None:
@@ -76,7 +73,7 @@ def _bfloat16(rank: int, size: int) -> list[float]:
     """Differences to float64: of two processes, of one with the whole batch, of two with local statistics."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("ranks", "alone"))
-    expected = trained_on_whole_batches(_build)
+    expected = trained_on_whole_batches(small_network)
     found = []
     # nn.BatchNorm2d takes no bfloat16 parameters beside float32 statistics on a CPU: also alone, the layers are ours.
     for group, ranks, part in (
@@ -84,7 +81,7 @@ def _bfloat16(rank: int, size: int) -> list[float]:
         (SingleProcess(), "alone", None),
         (SingleProcess(), "ranks", rank),
     ):
-        model = made(_build).float()
+        model = made(small_network).float()
         _shard(syncbn.convert_sync_batchnorm(model, group), mesh[ranks], mp_policy=policy)
         _fit(model, part)
         found.append(median_difference(model, expected))
