@@ -53,8 +53,10 @@ constexpr Seconds kLook{0.1};                   // how often a sleeper looks for
 
 struct Signature {
     std::uint64_t numel, itemsize;
-    bool operator==(const Signature &other) const { return numel == other.numel && itemsize == other.itemsize; }
+    std::uint64_t place;  // a digest of what the sum is for
 };
+
+enum Verdict { kAgree, kOtherPlace, kOtherVector };  // of the ranks' signatures; VERDICTS in comm/_protocol.py
 
 struct alignas(64) Slot {
     Word posted;        // the last round for which this rank filled its buffer; wraps
@@ -150,13 +152,12 @@ class SharedMemory {
         awake_ = std::size_t(CPU_COUNT(&cores)) >= ranks_.size() ? kYield : Seconds{0};
     }
 
-    void all_reduce(std::uintptr_t data, std::size_t numel, bool is_float64, double seconds) {
+    // Returns whether the ranks agree, the same on each of them. The sum is made unless their vectors differ.
+    int all_reduce(std::uintptr_t data, std::size_t numel, bool is_float64, double seconds, std::uint64_t place) {
         std::lock_guard<std::mutex> one_thread_at_a_time(mutex_);
         if (memory_.start == nullptr) throw std::runtime_error("this memory was released");
-        if (is_float64)
-            sum(reinterpret_cast<double *>(data), numel, Seconds{seconds});
-        else
-            sum(reinterpret_cast<float *>(data), numel, Seconds{seconds});
+        if (is_float64) return sum(reinterpret_cast<double *>(data), numel, Seconds{seconds}, place);
+        return sum(reinterpret_cast<float *>(data), numel, Seconds{seconds}, place);
     }
 
     // This rank will post no more: the peers that wait for it are told so.
@@ -186,19 +187,22 @@ class SharedMemory {
     }
 
     template <class T>
-    void sum(T *data, std::size_t numel, Seconds timeout) {
+    Verdict sum(T *data, std::size_t numel, Seconds timeout, std::uint64_t place) {
         std::size_t start = 0;
+        Verdict verdict = kAgree;
         do {
             std::size_t count = std::min(kBufferBytes / sizeof(T), numel - start);
             ++round_;
             if (count > 0) std::memcpy(buffer(me_), data + start, count * sizeof(T));
-            slot(me_).sent[round_ % 2] = {numel, sizeof(T)};
+            slot(me_).sent[round_ % 2] = {numel, sizeof(T), place};
             slot(me_).posted = round_;
             wait(timeout);
-            if (start == 0) check_signatures();  // what follows belongs to the same vector on every rank
+            if (start == 0) verdict = compare_signatures();
+            if (verdict == kOtherVector) break;  // on every rank: they stay in step
             add(data + start, count);
             start += count;
         } while (start < numel);
+        return verdict;
     }
 
     template <class T>
@@ -312,18 +316,16 @@ class SharedMemory {
         return !asked || byte.l_type != F_UNLCK || slot(r).pid == getpid();  // one's own locks are not shown
     }
 
-    // Every rank reads the same signatures, so all raise or none does, and they stay in step.
-    void check_signatures() const {
-        bool agree = true;
-        for (std::size_t r = 1; r < ranks_.size(); ++r)
-            agree = agree && slot(r).sent[round_ % 2] == slot(0).sent[round_ % 2];
-        if (agree) return;
-        std::ostringstream text("the ranks sent different vectors:", std::ios::ate);
-        for (std::size_t r = 0; r < ranks_.size(); ++r) {
-            const Signature &sent = slot(r).sent[round_ % 2];
-            text << (r ? ", rank " : " rank ") << ranks_[r] << " " << sent.numel << " x float" << 8 * sent.itemsize;
+    // Every rank reads the same signatures, so all come to the same verdict.
+    Verdict compare_signatures() const {
+        const Signature &first = slot(0).sent[round_ % 2];
+        Verdict verdict = kAgree;
+        for (std::size_t r = 1; r < ranks_.size(); ++r) {
+            const Signature &other = slot(r).sent[round_ % 2];
+            if (other.numel != first.numel || other.itemsize != first.itemsize) return kOtherVector;
+            if (other.place != first.place) verdict = kOtherPlace;
         }
-        throw std::runtime_error(text.str());
+        return verdict;
     }
 
     const std::vector<int> ranks_;

@@ -19,6 +19,7 @@ from ._in_sync import assert_in_sync as assert_in_sync
 from ._launcher import init as init
 from ._layer import SyncBatchNorm as SyncBatchNorm
 from ._mask import valid_positions as valid_positions
+from ._name_layers import name_layers as name_layers
 from ._parallel import average_gradients as average_gradients
 from ._parallel import broadcast_parameters as broadcast_parameters
 from ._parallel import global_mean as global_mean

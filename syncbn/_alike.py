@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ._buckets import repeats, without_repeats
-from .comm import Communicator
+from .comm._place import place
+from .comm._protocol import BaseCommunicator
 from .errors import DTypeError, InputError
 
 Named = Sequence[tuple[str, Tensor]]
@@ -61,7 +62,7 @@ def _fact(tensor: Tensor) -> str:
 
 
 def check_alike(
-    facts: Sequence[str], comm: Communicator, what: str, device: torch.device, also: Sequence[int] = ()
+    facts: Sequence[str], comm: BaseCommunicator, what: str, device: torch.device, also: Sequence[int] = ()
 ) -> bool:
     """Raise InputError on every rank if the replicas' `facts` differ; else tell whether `also`, bytes, is alike.
 
@@ -70,7 +71,7 @@ def check_alike(
     text = "\n".join(facts).encode()
     rows = torch.zeros(comm.size, 3, dtype=torch.float64, device=device)
     rows[comm.rank] = torch.tensor([_digest(text), len(text), _digest(bytes(also))], dtype=torch.float64, device=device)
-    told = comm.all_reduce(rows.flatten()).view(-1, 3).tolist()
+    told = comm.all_reduce(rows.flatten(), place("comparison", what)).view(-1, 3).tolist()
     for rank, (digest, length, _) in enumerate(told):
         if [digest, length] != told[0][:2]:
             lengths = {0: int(told[0][1]), rank: int(length)}
@@ -82,13 +83,13 @@ def _digest(text: bytes) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")  # float64 holds 48 bits exactly
 
 
-def _texts(text: bytes, lengths: dict[int, int], comm: Communicator, device: torch.device) -> dict[int, str]:
+def _texts(text: bytes, lengths: dict[int, int], comm: BaseCommunicator, device: torch.device) -> dict[int, str]:
     """Return the texts of some ranks, on every rank; one all-reduce."""
     parts = [torch.zeros(length, dtype=torch.float64, device=device) for length in lengths.values()]
     for rank, part in zip(lengths, parts, strict=True):
         if rank == comm.rank:
             part.copy_(torch.tensor(list(text), dtype=torch.float64, device=device))
-    received = torch.split(comm.all_reduce(torch.cat(parts)), list(lengths.values()))
+    received = torch.split(comm.all_reduce(torch.cat(parts), place("comparison")), list(lengths.values()))
     return {rank: bytes(part.int().tolist()).decode() for rank, part in zip(lengths, received, strict=True)}
 
 

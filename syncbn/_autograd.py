@@ -15,10 +15,12 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from ._epilogue import Activation, Epilogue
 from ._mask import finite_outside, flat_without_values
+from ._names import Places, places_of
 from ._recomputation import is_repeatable, once
 from ._saved import entered, record, replayed
 from ._statistics import Running, one_value, statistics, update_running
-from .comm import Communicator
+from .comm._place import Place
+from .comm._protocol import BaseCommunicator
 from .errors import InputError
 from .kernels import _composed as composed
 from .kernels import kernels_for
@@ -29,11 +31,17 @@ Gradients: TypeAlias = tuple[Tensor | None, Tensor, Tensor | None]
 
 
 def sync_batch_norm(
-    x: Tensor, epilogue: Epilogue, running: Running, eps: float, comm: Communicator, mask: Tensor | None = None
+    x: Tensor,
+    epilogue: Epilogue,
+    running: Running,
+    eps: float,
+    comm: BaseCommunicator,
+    mask: Tensor | None = None,
+    name: str = "",
 ) -> Tensor:
     """Normalise `x` (N, C, *) with the moments of all replicas, and move the `running` statistics.
 
-    A `mask` gives each value its weight w in the sums, see `functional.sync_batch_norm`.
+    A `mask` gives each value its weight w in the sums, see `functional.sync_batch_norm`. `name` is the layer's.
 
     For backward it keeps `x`, `weight` and 2C+1 numbers (mean, 1/√(σ²+ε), N), and with an activation `bias` and the
     residual; never the running statistics, so that those may move meanwhile.
@@ -41,10 +49,11 @@ def sync_batch_norm(
     Collectives: one float64 all-reduce of 2C+1 numbers, `[Σwx, Σwx², Σw]`; in a backward that needs dx one of 2C,
     `[Σdz, Σdz·x̂]`; in the derivative of that, two more of 2C.
     """
+    places = places_of(name, x.shape[1])
     if torch._C._are_functorch_transforms_active():
-        y: Tensor = _Transformed.apply(x, *epilogue, mask, running, eps, comm)[0]  # type: ignore[no-untyped-call]
+        y: Tensor = _Transformed.apply(x, *epilogue, mask, running, eps, comm, places)[0]  # type: ignore[no-untyped-call]
         return y
-    return _SyncBatchNorm.apply(x, *epilogue, mask, running, eps, comm, is_repeatable())  # type: ignore[no-any-return, no-untyped-call]
+    return _SyncBatchNorm.apply(x, *epilogue, mask, running, eps, comm, places, is_repeatable())  # type: ignore[no-any-return, no-untyped-call]
 
 
 def forward(
@@ -52,7 +61,7 @@ def forward(
     epilogue: Epilogue,
     running: Running,
     eps: float,
-    comm: Communicator,
+    comm: BaseCommunicator,
     repeatable: bool,
     mask: Tensor | None = None,
     *,
@@ -135,7 +144,8 @@ def differentiable_backward(
     epilogue: Epilogue,
     mask: Tensor | None,
     known: Tensor,
-    comm: Communicator,
+    comm: BaseCommunicator,
+    place: Place,
     needs_x: bool,
     eps: float,
 ) -> Steps[Gradients]:
@@ -149,7 +159,7 @@ def differentiable_backward(
     if mask is not None:
         x = finite_outside(x, mask)
         total = flat_without_values(torch.cat([total, count]))[:-1]
-    sums = _AllReduce.apply(composed.moments(x, mask)[:-1], comm, total)  # type: ignore[no-untyped-call]
+    sums = _AllReduce.apply(composed.moments(x, mask)[:-1], comm, place, total)  # type: ignore[no-untyped-call]
     known = statistics(torch.cat([sums, count]), eps)
     share, dz = composed.backward_sums(dy, x, known, epilogue)
     if not needs_x:
@@ -159,21 +169,21 @@ def differentiable_backward(
     return composed.backward_input(dy, x, known, epilogue, sums, mask), share, dz
 
 
-def alone(steps: Steps[T], comm: Communicator) -> T:
+def alone(steps: Steps[T], comm: BaseCommunicator, place: Place) -> T:
     """Take one layer's `steps`, each sum a collective of its own, and return their result."""
     try:
         payload = next(steps)
         while True:
-            payload = steps.send(all_reduce(payload, comm))
+            payload = steps.send(all_reduce(payload, comm, place))
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
 
 
-def all_reduce(payload: Tensor, comm: Communicator) -> Tensor:
+def all_reduce(payload: Tensor, comm: BaseCommunicator, place: Place) -> Tensor:
     """Return the sum of `payload` over the replicas; differentiable where the payload is."""
     if payload.requires_grad:
-        return _AllReduce.apply(payload, comm, None)  # type: ignore[no-any-return, no-untyped-call]
-    return comm.all_reduce(payload)
+        return _AllReduce.apply(payload, comm, place, None)  # type: ignore[no-any-return, no-untyped-call]
+    return comm.all_reduce(payload, place)
 
 
 class _AllReduce(torch.autograd.Function):
@@ -183,11 +193,11 @@ class _AllReduce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(vector: Tensor, comm: Communicator, known: Tensor | None) -> Tensor:
+    def forward(vector: Tensor, comm: BaseCommunicator, known: Tensor | None) -> Tensor:
         return comm.all_reduce(vector.clone()) if known is None else known.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Communicator, Tensor | None], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, BaseCommunicator, Tensor | None], output: Tensor) -> None:
         ctx.comm = inputs[1]
 
     @staticmethod
@@ -207,17 +217,18 @@ class _SyncBatchNorm(torch.autograd.Function):
         mask: Tensor | None,
         running: Running,
         eps: float,
-        comm: Communicator,
+        comm: BaseCommunicator,
+        places: Places,
         repeatable: bool,
     ) -> Tensor:
         epilogue = Epilogue(weight, bias, residual, activation)
-        y, known, _ = alone(forward(x, epilogue, running, eps, comm, repeatable, mask), comm)
-        keep(ctx, x, epilogue, mask, known, eps, comm)
+        y, known, _ = alone(forward(x, epilogue, running, eps, comm, repeatable, mask), comm, places.forward)
+        keep(ctx, x, epilogue, mask, known, eps, comm, places)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*alone(gradients(ctx, dy), ctx.comm), *[None] * 6)
+        return (*alone(gradients(ctx, dy), ctx.comm, ctx.places.backward), *[None] * 7)
 
 
 class _Transformed(torch.autograd.Function):
@@ -233,23 +244,33 @@ class _Transformed(torch.autograd.Function):
         mask: Tensor | None,
         running: Running,
         eps: float,
-        comm: Communicator,
+        comm: BaseCommunicator,
+        places: Places,
     ) -> tuple[Tensor, Tensor]:
         epilogue = Epilogue(weight, bias, residual, activation)
-        return alone(forward(x, epilogue, running, eps, comm, is_repeatable(), mask), comm)[:2]
+        return alone(forward(x, epilogue, running, eps, comm, is_repeatable(), mask), comm, places.forward)[:2]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, *epilogue, mask, _, eps, comm = inputs
+        x, *epilogue, mask, _, eps, comm, places = inputs
         ctx.mark_non_differentiable(output[1])
-        keep(ctx, x, Epilogue(*epilogue), mask, output[1], eps, comm)
+        keep(ctx, x, Epilogue(*epilogue), mask, output[1], eps, comm, places)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return (*alone(gradients(ctx, dy), ctx.comm), *[None] * 5)
+        return (*alone(gradients(ctx, dy), ctx.comm, ctx.places.backward), *[None] * 6)
 
 
-def keep(ctx: Any, x: Tensor, epilogue: Epilogue, mask: Tensor | None, known: Tensor, eps: float, comm: Any) -> None:
+def keep(
+    ctx: Any,
+    x: Tensor,
+    epilogue: Epilogue,
+    mask: Tensor | None,
+    known: Tensor,
+    eps: float,
+    comm: Any,
+    places: Places,
+) -> None:
     """Keep for backward what `gradients` needs: `x`, `weight`, the `mask` and `[mean, 1/√(σ²+ε), N]`.
 
     With an activation also what else z is made of. y would do for relu in the residual's place, but is no smaller.
@@ -259,7 +280,7 @@ def keep(ctx: Any, x: Tensor, epilogue: Epilogue, mask: Tensor | None, known: Te
     if activation is None:
         bias = residual = None
     ctx.save_for_backward(x, known, weight, bias, residual, mask)
-    ctx.activation, ctx.eps, ctx.comm = activation, eps, comm
+    ctx.activation, ctx.eps, ctx.comm, ctx.places = activation, eps, comm, places
     ctx.set_materialize_grads(False)
 
 
@@ -275,7 +296,8 @@ def gradients(
     if is_legacy_batchedtensor(dy) or is_batchedtensor(dy):
         raise InputError("SyncBatchNorm's backward takes one gradient at a time: is_grads_batched=True cannot be used")
     if torch.is_grad_enabled():
-        steps = differentiable_backward(dy, x, epilogue, mask, known, ctx.comm, needs_x, ctx.eps)
+        derivative = ctx.places.derivative
+        steps = differentiable_backward(dy, x, epilogue, mask, known, ctx.comm, derivative, needs_x, ctx.eps)
     else:
         dtypes = {None if weight is None else weight.dtype, ctx.bias_dtype} - {None}
         dtype = dtypes.pop() if len(dtypes) == 1 else known.dtype

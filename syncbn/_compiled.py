@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["native"]
 
-INTERFACE = 5  # that of csrc/module.cpp: both are raised when what Python calls changes
+INTERFACE = 6  # that of csrc/module.cpp: both are raised when what Python calls changes
 
 try:
     from . import _native as native

@@ -11,6 +11,7 @@ from torch import nn
 from ._conversion_report import ConversionReport, Skip, plan
 from ._fusion import fused_norms, undo_fusions
 from ._layer import LEAF, SyncBatchNorm, Synchronised
+from ._name_layers import name_unnamed
 from ._synchronised_class import Converted
 from .comm._groups import Group, ProcessGroup, check_spec, is_first
 from .errors import ConversionError
@@ -91,6 +92,7 @@ def convert_sync_batchnorm(
         layer.__module__ = LEAF
         layer.__class__ = cls
         ours.append(layer)
+    name_unnamed(module)
     if process_group is not None:
         for layer in ours:
             layer._group = Group(process_group)
@@ -160,6 +162,7 @@ def revert_sync_batchnorm(module: M) -> M:
         original, group = layer._original_class, layer.__dict__.pop("_original_group")
         del layer._group
         layer.__dict__.pop("_activation", None)
+        layer.__dict__.pop("_name", None)
         layer.__dict__.pop("__module__", None)
         layer.__class__ = original
         if group is not None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ._alike import Named, check_alike, check_plain, device_of, facts_of, problem_with
 from ._buckets import from_words, to_words
 from ._population import WHAT, buffers_of, layers_of
-from .comm import Communicator
 from .comm._groups import ProcessGroup, resolve
+from .comm._place import place
+from .comm._protocol import BaseCommunicator
 from .errors import InputError
 
 
@@ -54,14 +55,14 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().flatten().view(torch.uint8)
 
 
-def _gathered(here: Tensor, comm: Communicator, named: Named) -> Iterator[Sequence[Tensor]]:
+def _gathered(here: Tensor, comm: BaseCommunicator, named: Named) -> Iterator[Sequence[Tensor]]:
     """Yield the tensors of each rank, from the bytes of this rank's; one all-reduce."""
     words = to_words(here)
     rows = words.new_zeros(comm.size, len(words), device=device_of(named))
     rows[comm.rank] = words
     tensors = [tensor for _, tensor in named]
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    for row in comm.all_reduce(rows.flatten()).view(comm.size, -1).cpu():
+    for row in comm.all_reduce(rows.flatten(), place("assert_in_sync")).view(comm.size, -1).cpu():
         parts = torch.split(from_words(row, len(here), torch.uint8), sizes)
         yield [part.clone().view(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ._autograd import Steps, T, all_reduce, forward, gradients, keep, sync_batch_norm
 from ._epilogue import Epilogue
+from ._names import Places, places_of_several
 from ._recomputation import is_repeatable
 from ._statistics import Running
-from .comm import Communicator
+from .comm._place import Place
+from .comm._protocol import BaseCommunicator
 
 
 class Call(NamedTuple):
@@ -24,6 +26,7 @@ class Call(NamedTuple):
     running: Running
     eps: float
     mask: Tensor | None = None
+    name: str = ""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -31,7 +34,7 @@ class Call(NamedTuple):
         return self.x, *self.epilogue.tensors
 
 
-def sync_batch_norms(calls: Sequence[Call], comm: Communicator) -> list[Tensor]:
+def sync_batch_norms(calls: Sequence[Call], comm: BaseCommunicator) -> list[Tensor]:
     """Do what `sync_batch_norm` does for each of `calls`, none of which needs the result of another, in their order.
 
     An output without a gradient counts as one with zeros, as long as another one has a gradient.
@@ -40,13 +43,14 @@ def sync_batch_norms(calls: Sequence[Call], comm: Communicator) -> list[Tensor]:
     gradient; in the derivative of that, one of each layer, and more of Σ2C.
     """
     if len(calls) == 1:
-        x, epilogue, running, eps, mask = calls[0]
-        return [sync_batch_norm(x, epilogue, running, eps, comm, mask)]
+        x, epilogue, running, eps, mask, name = calls[0]
+        return [sync_batch_norm(x, epilogue, running, eps, comm, mask, name)]
     tensors = chain.from_iterable(call.tensors for call in calls)
-    return list(_SyncBatchNorms.apply(calls, comm, is_repeatable(), *tensors))  # type: ignore[no-untyped-call]
+    places = places_of_several(tuple((call.name, call.x.shape[1]) for call in calls))
+    return list(_SyncBatchNorms.apply(calls, comm, places, is_repeatable(), *tensors))  # type: ignore[no-untyped-call]
 
 
-def _jointly(each: Sequence[Steps[T]], comm: Communicator) -> list[T]:
+def _jointly(each: Sequence[Steps[T]], comm: BaseCommunicator, place: Place) -> list[T]:
     """Do for several layers what `alone` does for one. Each asks for one sum, or none."""
     results: dict[int, T] = {}
     payloads: dict[int, Tensor] = {}
@@ -56,7 +60,7 @@ def _jointly(each: Sequence[Steps[T]], comm: Communicator) -> list[T]:
         except StopIteration as end:
             results[number] = end.value
     if payloads:
-        total = all_reduce(torch.cat(list(payloads.values())), comm)
+        total = all_reduce(torch.cat(list(payloads.values())), comm, place)
         parts = torch.split(total, [payload.numel() for payload in payloads.values()])
         for number, part in zip(payloads, parts, strict=True):
             try:
@@ -97,23 +101,29 @@ _INPUTS, _KEPT = 4, 6  # tensors of each layer: what it takes, and what `keep` k
 class _SyncBatchNorms(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, calls: Sequence[Call], comm: Communicator, repeatable: bool, *tensors: Tensor | None
+        ctx: Any,
+        calls: Sequence[Call],
+        comm: BaseCommunicator,
+        places: Places,
+        repeatable: bool,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """`tensors` are those of `calls`, for autograd to see."""
-        results = _jointly([forward(*call[:4], comm, repeatable, call.mask) for call in calls], comm)
-        ctx.layers, ctx.comm = [_Layer() for _ in calls], comm
+        each = [forward(*call[:4], comm, repeatable, call.mask) for call in calls]
+        results = _jointly(each, comm, places.forward)
+        ctx.layers, ctx.comm, ctx.places = [_Layer() for _ in calls], comm, places
         for layer, call, (_, known, _) in zip(ctx.layers, calls, results, strict=True):
-            keep(layer, call.x, call.epilogue, call.mask, known, call.eps, comm)
+            keep(layer, call.x, call.epilogue, call.mask, known, call.eps, comm, places)
         ctx.save_for_backward(*chain.from_iterable(layer.taken() for layer in ctx.layers))
         ctx.set_materialize_grads(False)
         return tuple(y for y, _, _ in results)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[4:]
         layers = [
             layer.filled(kept[_KEPT * n : _KEPT * (n + 1)], needs[_INPUTS * n : _INPUTS * (n + 1)])
             for n, layer in enumerate(ctx.layers)
         ]
         each = [gradients(layer, dy) for layer, dy in zip(layers, dys, strict=True)]
-        return (None, None, None, *chain.from_iterable(_jointly(each, ctx.comm)))
+        return (*[None] * 4, *chain.from_iterable(_jointly(each, ctx.comm, ctx.places.backward)))

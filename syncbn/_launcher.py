@@ -17,6 +17,7 @@ import torch.distributed as dist
 from .comm import MPI, Horovod, SingleProcess, TorchDistributed
 from .comm._groups import set_world, world
 from .comm._protocol import BaseCommunicator
+from .comm._verdict import choose as choose_check
 from .errors import BackendError, LaunchError
 
 Environment = Mapping[str, str]
@@ -138,7 +139,9 @@ def _check_nesting(inner: Launch, outer: Launch) -> None:
         raise LaunchError(f"{both}: use one launcher, or unset the variables of the other")
 
 
-def init(backend: str | None = None, *, timeout: timedelta = DEFAULT_TIMEOUT) -> BaseCommunicator:
+def init(
+    backend: str | None = None, *, timeout: timedelta = DEFAULT_TIMEOUT, check: bool | None = None
+) -> BaseCommunicator:
     """Join the world that the launcher made, and return its communicator.
 
     =============  ======================================  ==================================
@@ -160,6 +163,11 @@ def init(backend: str | None = None, *, timeout: timedelta = DEFAULT_TIMEOUT) ->
         backend: None for the table; "nccl" or "gloo" for torch.distributed (under mpirun or horovodrun set MASTER_ADDR
             and MASTER_PORT), "mpi" for mpi4py, "horovod".
         timeout: how long a rank waits for its peers, in each collective and to meet them.
+        check: what is done about ranks that ask for different sums, another layer or another call: see
+            `MismatchError`. None: the error, on every rank; over shared memory, Gloo and MPI it costs nothing, over
+            NCCL and Horovod three numbers more in each vector. True: over NCCL and Horovod also a sum of three numbers
+            before each, which every rank waits for, so that vectors of different lengths are seen. False: a warning,
+            for jobs whose ranks differ on purpose. SYNCBN_CHECK=1 and 0 in the environment say the same.
 
     Raises:
         LaunchError: the environment is contradictory or incomplete; `backend` is unknown, does not fit, or is not that
@@ -170,6 +178,7 @@ def init(backend: str | None = None, *, timeout: timedelta = DEFAULT_TIMEOUT) ->
         >>> init().size
         1
     """
+    choose_check(check)
     if backend is not None and backend not in BACKENDS:
         raise LaunchError(f"unknown backend {backend!r}: expected None or one of {BACKENDS}")
     joined = world()

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import _block
 from ._epilogue import Activation, ActivationLike, Epilogue, activation_of
 from ._joint import Call
+from ._names import UNNAMED
 from ._statistics import Running
 from .comm._groups import Group, ProcessGroup, communicator
 from .errors import ConversionError, InputError
@@ -25,6 +26,7 @@ class Synchronised(_BatchNorm):
     """What every layer of ours does, made or converted: a forward over all replicas, on the state of nn.BatchNorm."""
 
     _group: Group
+    _name = UNNAMED
     _activation: Activation | None = None
     _settable = True  # the activation; not where a forward of somebody else's decides what follows
 
@@ -75,10 +77,14 @@ class Synchronised(_BatchNorm):
             return epilogue.finish(self._as_in_nn(input, mask))
         running = Running(mean, var, self.num_batches_tracked if tracked else None, self.momentum)
         if _block.blocks and self._settable:  # a forward of somebody else's uses the output at once
-            y = _block.wait(self, Call(input, epilogue, running, self.eps, mask), self._group.key)
+            y = _block.wait(self, Call(input, epilogue, running, self.eps, mask, self._name.text), self._group.key)
             if y is not None:
                 return y
-        return train(input, epilogue, running, self.eps, self._group.key, mask)
+        return train(input, epilogue, running, self.eps, self._group.key, mask, self._called())
+
+    def _called(self) -> str | Tensor:
+        """Return the layer's name, in compiled code its number."""
+        return self._name.number if torch.compiler.is_compiling() else self._name.text
 
     def _check_channels(self, input: Tensor) -> None:
         """Without parameters and buffers nothing else tells how many channels there should be."""

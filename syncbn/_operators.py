@@ -15,14 +15,18 @@ from torch import Tensor
 from . import _autograd
 from ._checks import check
 from ._epilogue import Activation, Epilogue
+from ._names import Places, places_of, text_of
 from ._recomputation import is_repeatable, once
 from ._statistics import Running, update_running
 from .comm._groups import communicator
+from .comm._place import Place
 
 _EPILOGUE = "Tensor? weight, Tensor? bias, Tensor? residual, str activation, float slope"  # see `_flat`
+_NAME = "str name, Tensor? number"  # of the layer: one of the two, see `_names.Name`
 _library: Any = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    f"forward(Tensor x, {_EPILOGUE}, Tensor? mask, Tensor? mean, Tensor? var, Tensor? batches, float eps, str group)"
+    f"forward(Tensor x, {_EPILOGUE}, Tensor? mask, Tensor? mean, Tensor? var, Tensor? batches, float eps, str group,"
+    f" {_NAME})"
     " -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -31,19 +35,26 @@ _library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    f"backward(Tensor dy, Tensor x, {_EPILOGUE}, Tensor? mask, Tensor known, bool needs_x, str group)"
+    f"backward(Tensor dy, Tensor x, {_EPILOGUE}, Tensor? mask, Tensor known, bool needs_x, str group, {_NAME})"
     " -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 def sync_batch_norm(
-    x: Tensor, epilogue: Epilogue, running: Running, eps: float, group: str, mask: Tensor | None = None
+    x: Tensor,
+    epilogue: Epilogue,
+    running: Running,
+    eps: float,
+    group: str,
+    mask: Tensor | None = None,
+    name: str | Tensor = "",
 ) -> Tensor:
     """Do what `_autograd.sync_batch_norm` does, in operations that can be followed. `group` is the key of a group."""
     if torch._C._get_tracing_state() is None:  # the strides that `_forward_shapes` promises; torch.jit.trace needs none
         x = x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
-    y, _, total = torch.ops.syncbn.forward(x, *_flat(epilogue), mask, *running[:3], eps, group)
+    named = (name, None) if isinstance(name, str) else ("", name)
+    y, _, total = torch.ops.syncbn.forward(x, *_flat(epilogue), mask, *running[:3], eps, group, *named)
     repeatable = not torch.is_grad_enabled()
     update_running(running, torch.ops.syncbn.counted(total, *running[:3], repeatable))
     return y  # type: ignore[no-any-return]
@@ -73,13 +84,16 @@ def _forward(
     batches: Tensor | None,
     eps: float,
     group: str,
+    name: str,
+    number: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, `[mean, 1/√(σ²+ε), N]` and `[Σx, Σx², N]`; the running statistics are only looked at."""
     epilogue = _epilogue(weight, bias, residual, activation, slope)
     check(x, epilogue, mean, var, mask)  # jit.trace cannot before
     running = Running(mean, var, batches)
     comm = communicator(group)
-    y, known, total = _autograd.alone(_autograd.forward(x, epilogue, running, eps, comm, False, mask, move=False), comm)
+    steps = _autograd.forward(x, epilogue, running, eps, comm, False, mask, move=False)
+    y, known, total = _autograd.alone(steps, comm, _places(name, number, x).forward)
     return _like(x, y), known, total
 
 
@@ -103,17 +117,23 @@ def _backward(
     known: Tensor,
     needs_x: bool,
     group: str,
+    name: str,
+    number: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, empty unless `needs_x`, this replica's `[Σdz, Σdz·x̂]`, and dz, empty unless `_has_dz`."""
     epilogue = _epilogue(weight, bias, residual, activation, slope)
     steps = _autograd.backward(dy, x, epilogue, mask, known, needs_x, torch.float64)
-    dx, share, dz = _autograd.alone(steps, communicator(group))
+    dx, share, dz = _autograd.alone(steps, communicator(group), _places(name, number, x).backward)
     nothing = x.new_empty(0)
     return (
         nothing if dx is None else _like(x, dx),
         share,
         nothing if dz is None or not _has_dz(epilogue) else _like(x, dz),
     )
+
+
+def _places(name: str, number: Tensor | None, x: Tensor) -> Places:
+    return places_of(name if number is None else text_of(number), x.shape[1])
 
 
 def _has_dz(epilogue: Epilogue) -> bool:
@@ -135,8 +155,8 @@ def _counted_shapes(total: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(total)
 
 
-def _backward_shapes(dy: Tensor, x: Tensor, *epilogue_mask_known_needs_x_group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *flat, _, _, needs_x, _ = epilogue_mask_known_needs_x_group
+def _backward_shapes(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *flat, _, _, needs_x, _, _, _ = others
     dx, dz = (torch.empty_like(x) if needed else x.new_empty(0) for needed in (needs_x, _has_dz(_epilogue(*flat))))
     return dx, x.new_empty(2 * x.shape[1], dtype=torch.float64), dz
 
@@ -147,15 +167,18 @@ class _Group:
     def __init__(self, key: str) -> None:
         self.key = key
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return communicator(self.key).all_reduce(x)
+    def all_reduce(self, x: Tensor, place: Place) -> Tensor:
+        return communicator(self.key).all_reduce(x, place)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, *flat, mask = inputs[:7]
-    *_, eps, group = inputs
+    *_, eps, group, name, number = inputs
     ctx.mark_non_differentiable(*output[1:])
-    _autograd.keep(ctx, x, _epilogue(*flat), mask, output[1], eps, _Group(group))
+    channels = x.shape[1]  # symbolic in a trace, where nothing is summed
+    places = places_of(name, channels if isinstance(channels, int) else 0)
+    _autograd.keep(ctx, x, _epilogue(*flat), mask, output[1], eps, _Group(group), places)
+    ctx.named = name, number
 
 
 def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -169,11 +192,13 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ..
         dtype: torch.dtype,
     ) -> _autograd.Steps[_autograd.Gradients]:
         yield from ()  # the operation sums by itself
-        dx, share, dz = torch.ops.syncbn.backward(dy, x, *_flat(epilogue), mask, known, needs_x, ctx.comm.key)
+        dx, share, dz = torch.ops.syncbn.backward(
+            dy, x, *_flat(epilogue), mask, known, needs_x, ctx.comm.key, *ctx.named
+        )
         return dx, share, dz if _has_dz(epilogue) else None
 
-    dx, *others = _autograd.alone(_autograd.gradients(ctx, dy, run), ctx.comm)
-    return dx if ctx.needs_input_grad[0] else None, *others, *[None] * 8
+    dx, *others = _autograd.alone(_autograd.gradients(ctx, dy, run), ctx.comm, ctx.places.backward)
+    return dx if ctx.needs_input_grad[0] else None, *others, *[None] * 10
 
 
 for _name, _run, _shapes in (

@@ -132,7 +132,7 @@ class _Catch(CatchBatchNorm):
         if not training:
             return evaluate(input, epilogue, running_mean, running_var, eps)
         running = Running(running_mean, running_var, None, momentum)
-        return train(input, epilogue, running, eps, self.layer._group.key)
+        return train(input, epilogue, running, eps, self.layer._group.key, None, self.layer._called())
 
     def _is_for_layer(self, tensors: tuple[Tensor | None, ...]) -> bool:
         return not any(t is other for t in tensors if t is not None for other in self.others)

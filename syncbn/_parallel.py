@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ._alike import check_alike, check_plain, device_of, facts_of, problem_with
 from ._buckets import buckets, flatten, from_words, parts_of, repeats, to_words, without_repeats
-from .comm import Communicator
 from .comm._groups import ProcessGroup, resolve
+from .comm._place import place
+from .comm._protocol import BaseCommunicator
 from .errors import DTypeError, InputError
 
+_BROADCAST, _AVERAGE, _MEAN = map(place, ("broadcast_parameters", "average_gradients", "global_mean"))
 BUCKET_BYTES = 25 * 2**20  # of a collective: large enough for bandwidth, small enough not to double the memory
 
 
@@ -50,9 +52,9 @@ def broadcast_parameters(module: nn.Module, *, process_group: ProcessGroup = Non
         flat = flatten(bucket)
         words = to_words(flat)
         if comm.rank == 0:
-            comm.all_reduce(words)
+            comm.all_reduce(words, _BROADCAST)
         else:
-            received = from_words(comm.all_reduce(words.zero_()), len(flat), flat.dtype)
+            received = from_words(comm.all_reduce(words.zero_(), _BROADCAST), len(flat), flat.dtype)
             for tensor, part in zip(bucket, parts_of(received, bucket), strict=True):
                 tensor.copy_(part)
 
@@ -127,7 +129,7 @@ def global_mean(total: Tensor, count: Tensor | float, *, process_group: ProcessG
         raise DTypeError(f"expected a floating-point total, got {problem_with(total) or total.dtype}")
     terms = _one_number(count, total.device)
     comm = resolve(process_group)
-    sums = comm.all_reduce(torch.cat([total.detach().double().flatten(), terms]))
+    sums = comm.all_reduce(torch.cat([total.detach().double().flatten(), terms]), _MEAN)
     terms = torch.where(sums[-1] == 0, 1.0, sums[-1])
     mean: Tensor = _Mean.apply(total, (sums[:-1] / terms).view(total.shape), comm.size / terms)  # type: ignore[no-untyped-call]
     return mean
@@ -157,10 +159,10 @@ def _one_number(count: Tensor | float, device: torch.device) -> Tensor:
     return number.reshape(1)
 
 
-def _fill_in_zeros(parameters: Sequence[Tensor], comm: Communicator, device: torch.device) -> None:
+def _fill_in_zeros(parameters: Sequence[Tensor], comm: BaseCommunicator, device: torch.device) -> None:
     """Give a zero gradient to every parameter that has one on another replica only."""
     here = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=device)
-    for p, count in zip(parameters, comm.all_reduce(here).tolist(), strict=True):
+    for p, count in zip(parameters, comm.all_reduce(here, _AVERAGE).tolist(), strict=True):
         if p.grad is None and count > 0:
             p.grad = torch.zeros_like(p)
 
@@ -169,8 +171,8 @@ def _summed_in(gradient: Tensor) -> torch.dtype:
     return torch.promote_types(gradient.dtype, torch.float32)
 
 
-def _average(bucket: list[Tensor], comm: Communicator) -> None:
+def _average(bucket: list[Tensor], comm: BaseCommunicator) -> None:
     flat = flatten(bucket).to(_summed_in(bucket[0]))
     numbers = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
-    mean = comm.all_reduce(numbers).div_(comm.size)
+    mean = comm.all_reduce(numbers, _AVERAGE).div_(comm.size)
     torch._foreach_copy_(bucket, parts_of(mean.view(flat.dtype), bucket))

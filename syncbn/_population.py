@@ -19,8 +19,9 @@ from ._layer import Synchronised
 from ._own_forward import BatchNormCall, CatchBatchNorm, has_own_forward
 from ._pending import finish
 from ._statistics import mean_and_variance, unbiased
-from .comm import Communicator
 from .comm._groups import ProcessGroup, resolve
+from .comm._place import place
+from .comm._protocol import BaseCommunicator
 from .errors import InputError
 from .functional import train
 from .kernels import _composed as composed
@@ -181,7 +182,7 @@ def _kind(layer: nn.Module) -> str:
     return f"{synchronised}, in {'training' if layer.training else 'eval'} mode"
 
 
-def _check(layers: Mapping[str, nn.Module], comm: Communicator, kinds: Sequence[str] = ()) -> torch.device:
+def _check(layers: Mapping[str, nn.Module], comm: BaseCommunicator, kinds: Sequence[str] = ()) -> torch.device:
     """Refuse layers that differ between ranks or cannot be sent; return the device on which the ranks speak."""
     named = buffers_of(layers)
     check_alike([*facts_of(named), *kinds], comm, WHAT, device_of(named))
@@ -190,18 +191,19 @@ def _check(layers: Mapping[str, nn.Module], comm: Communicator, kinds: Sequence[
 
 
 WHAT = "batch norm layers"
+_PLACE = place("running statistics")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 # Sums
 
 
-def _sum(vectors: Sequence[Tensor], comm: Communicator, device: torch.device) -> Sequence[Tensor]:
+def _sum(vectors: Sequence[Tensor], comm: BaseCommunicator, device: torch.device) -> Sequence[Tensor]:
     """Return the sums of float64 vectors over the ranks; one all-reduce."""
     if not vectors:
         return []
     flat = torch.cat([vector.to(device) for vector in vectors])
-    return torch.split(comm.all_reduce(flat), [len(vector) for vector in vectors])
+    return torch.split(comm.all_reduce(flat, _PLACE), [len(vector) for vector in vectors])
 
 
 def _add_input(sums: Tensor, layer: Any, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
@@ -232,7 +234,7 @@ class _Measure(CatchBatchNorm):
     def note(self, func: Any, args: tuple[Any, ...]) -> None:
         """Measure a layer of ours."""
         if func is train:
-            x, _, running, _, _, mask = args
+            x, _, running, _, _, mask, _ = args
             self._add(x, running.mean, mask)
 
     def batch_norm(self, call: BatchNormCall) -> Tensor:
@@ -266,7 +268,7 @@ def _as_sums(layer: Any) -> Tensor:
 # The forwards
 
 
-def _in_step(batches: Iterable[Any], comm: Communicator, device: torch.device) -> Iterator[Any]:
+def _in_step(batches: Iterable[Any], comm: BaseCommunicator, device: torch.device) -> Iterator[Any]:
     """Yield the batches for as long as every rank has one."""
     end = object()
     iterator = iter(batches)
@@ -274,7 +276,7 @@ def _in_step(batches: Iterable[Any], comm: Communicator, device: torch.device) -
         batch = next(iterator, end)
         there = torch.zeros(comm.size, dtype=torch.float64, device=device)
         there[comm.rank] = batch is not end
-        there = comm.all_reduce(there)
+        there = comm.all_reduce(there, _PLACE)
         if not there.any():
             return
         if not there.all():

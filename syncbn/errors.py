@@ -9,6 +9,8 @@ __all__ = [
     "InputError",
     "KernelsError",
     "LaunchError",
+    "MismatchError",
+    "PeerLostError",
     "SyncBatchNormError",
 ]
 
@@ -30,7 +32,15 @@ class GroupError(SyncBatchNormError, ValueError):
 
 
 class CollectiveError(SyncBatchNormError, RuntimeError):
-    """A collective failed: a peer died, did not call, or called something else."""
+    """A collective failed, and with it the communicator."""
+
+
+class MismatchError(CollectiveError):
+    """The ranks ask for different sums: another layer, direction, call or number of channels. Raised on every rank."""
+
+
+class PeerLostError(CollectiveError):
+    """A peer died, ended, or does not call within the communicator's deadline."""
 
 
 class ConversionError(SyncBatchNormError, TypeError):

@@ -128,22 +128,34 @@ def sync_batch_norm(
 
 
 def train(
-    input: Tensor, epilogue: Epilogue, running: Running, eps: float, group: str, mask: Tensor | None = None
+    input: Tensor,
+    epilogue: Epilogue,
+    running: Running,
+    eps: float,
+    group: str,
+    mask: Tensor | None = None,
+    name: str | Tensor = "",
 ) -> Tensor:
-    """Normalise with the statistics of all replicas of the group whose key is `group`; move the `running` ones."""
+    """Normalise with the statistics of all replicas of the group whose key is `group`; move the `running` ones.
+
+    `name` is that of the layer, in compiled code its number: see `_names.Name`.
+    """
     tensors = (input, *epilogue.tensors, mask)
     if has_torch_function(tensors):  # subclasses and modes decide, as for a function of torch's own
-        return handle_torch_function(train, tensors, input, epilogue, running, eps, group, mask)
+        return handle_torch_function(train, tensors, input, epilogue, running, eps, group, mask, name)
     if _block.blocks:
         _block.settle(running.mean)
     if type(input) is DTensor:
         group = group_of(input, group)
-        return locally(lambda x, parts, of, mask: train(x, parts, of, eps, group, mask), input, epilogue, running, mask)
+        return locally(
+            lambda x, parts, of, mask: train(x, parts, of, eps, group, mask, name), input, epilogue, running, mask
+        )
     check(input, epilogue, running.mean, running.var, mask)
     if is_traced(input):
-        return _operators.sync_batch_norm(input, epilogue, running, eps, group, mask)
+        return _operators.sync_batch_norm(input, epilogue, running, eps, group, mask, name)
     refuse_transforms(input)
-    return _autograd.sync_batch_norm(input, epilogue, running, eps, communicator(group), mask)
+    assert isinstance(name, str)
+    return _autograd.sync_batch_norm(input, epilogue, running, eps, communicator(group), mask, name)
 
 
 def evaluate(

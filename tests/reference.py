@@ -144,6 +144,9 @@ def assert_tensor_close(actual: Tensor, expected: Tensor, factor: float = 1, nam
     )
 
 
+SIGNATURE = 3  # numbers that a communicator gets in addition, if it compares nothing by itself
+
+
 class Recording:
     """A communicator that remembers what it was given. Only the three members of the protocol."""
 
@@ -154,7 +157,7 @@ class Recording:
         self.calls: list[tuple[int, torch.dtype]] = []
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        self.calls.append((x.numel(), x.dtype))
+        self.calls.append((x.numel() - SIGNATURE, x.dtype))
         return self._comm.all_reduce(x)
 
 

@@ -14,6 +14,7 @@ from conformance import CHECKS, STATES, conformance, states
 
 from syncbn.comm import Communicator, SharedMemory, SingleProcess, TorchDistributed, run_threads
 from syncbn.comm._protocol import BaseCommunicator, wait_until
+from syncbn.comm._verdict import AGREE
 from syncbn.errors import CollectiveError, GroupError
 
 
@@ -30,8 +31,8 @@ def test_the_suite_can_fail() -> None:
     """Negative control: a communicator that averages, and one that keeps its own bits, are caught."""
 
     class Averages(BaseCommunicator):
-        def _sum(self, x: torch.Tensor) -> torch.Tensor:
-            return x
+        def _sum(self, x: torch.Tensor, signature: int) -> tuple[torch.Tensor, int]:
+            return x, AGREE
 
     with pytest.raises(AssertionError):
         conformance(Averages(0, 2))

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import syncbn
 from syncbn.comm import SingleProcess, TorchDistributed
-from syncbn.comm._distributed import Pairs
 from syncbn.comm._groups import Group, communicator, consecutive, hosts, key_of, resolve
 from syncbn.comm._groups import _keys as keys_by_id
+from syncbn.comm._pairs import Pairs
 from syncbn.comm._protocol import LostGroup
 from syncbn.errors import CollectiveError, GroupError, LaunchError
 
@@ -112,7 +112,7 @@ def _twice(rank: int, size: int) -> tuple[int, int, int]:
     """What a group costs that 53 layers and 20 function calls are given: its set-up once."""
     sums, before = [], memories()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pairs, "_sum", lambda comm, x, real=Pairs._sum: sums.append(x.numel()) or real(comm, x))
+        patch.setattr(Pairs, "_sum", lambda comm, x, s, real=Pairs._sum: sums.append(x.numel()) or real(comm, x, s))
         handle = dist.new_group()
         layers = [syncbn.SyncBatchNorm(1, process_group=handle) for _ in range(53)]
         for layer in layers:

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from syncbn.errors import GroupError
 
+from ._carried import Carrying
 from ._hosts import by_hosts
+from ._pairs import Pairs
 from ._protocol import BaseCommunicator, Communicator, log, part_of
 
 _c10d: Any = getattr(dist, "distributed_c10d", None)  # None: a torch without torch.distributed
 _TAG = 0x5BA7  # of messages between two ranks: not one that the user's own have
 
 
-class TorchDistributed(BaseCommunicator):
+class TorchDistributed(Carrying):
     """A `torch.distributed` process group.
 
     Where the group's backend is Gloo, tensors are added in memory that the ranks of a host share (`SharedMemory`), and
@@ -94,18 +96,22 @@ class TorchDistributed(BaseCommunicator):
                 f"for {sorted(self._backends)}: initialise with 'cpu:gloo,cuda:nccl', or move the model"
             )
 
-    def _sum(self, x: Tensor) -> Tensor:
+    def _sum(self, x: Tensor, signature: int) -> tuple[Tensor, int]:
         if x.is_cpu and self._over_gloo is not None:  # the one that is to be quick
-            return self._over_gloo._sum(x)
+            return self._over_gloo._sum(x, signature)
         if self._backends[x.device.type] == "gloo":
-            return (self._over_gloo or self._set_up())._sum(x.cpu()).to(x.device)
+            total, verdict = (self._over_gloo or self._set_up())._sum(x.cpu(), signature)
+            return total.to(x.device), verdict
+        return super()._sum(x, signature)
+
+    def _add(self, x: Tensor) -> Tensor:
         dist.all_reduce(x, group=self._native_group(x.device.type))
         return x
 
     def _set_up(self) -> BaseCommunicator:
         timeout = self._timeout or _timeout_of(self.group) or timedelta(minutes=10)
-        plain = Pairs(self._group, list(range(self.size)), timeout)
-        self._over_gloo = by_hosts(plain, lambda ranks: Pairs(self._group, ranks, timeout), timeout)
+        plain = GlooPairs(self._group, list(range(self.size)), timeout)
+        self._over_gloo = by_hosts(plain, lambda ranks: GlooPairs(self._group, ranks, timeout), timeout)
         self.transport = "+".join([self._over_gloo.transport, *sorted(self.backends - {"gloo"})])
         log.debug("%r", self)
         return self._over_gloo
@@ -179,11 +185,11 @@ def _timeout_of(group: Any) -> timedelta | None:
     return getattr(options, "_timeout", None)
 
 
-class Pairs(BaseCommunicator):
-    """Some ranks of a Gloo group, by recursive doubling: in step k, ranks that differ in bit k exchange their sums.
+class GlooPairs(Pairs):
+    """Some ranks of a Gloo group, by messages of our own.
 
-    log2(ranks) round trips, and no group of their own: only they could make it, and `new_group` for its members only
-    (use_local_synchronization, torch 2.13) hangs where they have been in different numbers of groups before.
+    No group of their own: only they could make it, and `new_group` for its members only (use_local_synchronization,
+    torch 2.13) hangs where they have been in different numbers of groups before.
     """
 
     transport = "gloo"
@@ -194,29 +200,12 @@ class Pairs(BaseCommunicator):
         self._ranks = ranks
         self._timeout = timeout
 
-    def _sum(self, x: Tensor) -> Tensor:
-        full = 1 << self.size.bit_length() - 1  # the largest power of two; the ranks beyond it go through a partner
-        if self.rank >= full:
-            self._exchange(x, self.rank - full, receive=False)
-            return self._exchange(x, self.rank - full, send=False)
-        if self.rank + full < self.size:
-            x += self._exchange(x, self.rank + full, send=False)
-        for bit in range(full.bit_length() - 1):
-            peer = self.rank ^ 1 << bit
-            other = self._exchange(x, peer)
-            x = x + other if self.rank < peer else other + x  # in one order: the same bits, of a NaN too
-        if self.rank + full < self.size:
-            self._exchange(x, self.rank + full, receive=False)
-        return x
-
-    def _exchange(self, x: Tensor, peer: int, *, send: bool = True, receive: bool = True) -> Tensor:
-        """Send `x` to `peer`, return what it sends, or one of the two."""
-        group, rank, other = _held(self._group), self._ranks[peer], torch.empty_like(x)
+    def _swap(self, peer: int, outgoing: Tensor | None, incoming: Tensor | None) -> None:
+        group, rank = _held(self._group), self._ranks[peer]
         try:
-            sending = group.send([x], rank, _TAG) if send else None
-            receiving = group.recv([other], rank, _TAG) if receive else None
+            sending = None if outgoing is None else group.send([outgoing], rank, _TAG)
+            receiving = None if incoming is None else group.recv([incoming], rank, _TAG)
             for work in filter(None, (receiving, sending)):
                 work.wait(self._timeout)
         except RuntimeError as error:
             raise RuntimeError(f"rank {rank}: {error}") from error
-        return other

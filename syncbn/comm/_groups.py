@@ -22,6 +22,7 @@ from syncbn.errors import GroupError
 
 from . import _mpi
 from ._distributed import TorchDistributed
+from ._foreign import Foreign, Memory
 from ._horovod import Horovod
 from ._hosts import hosts
 from ._protocol import BaseCommunicator, Communicator, LostGroup, Splittable, by_key, log
@@ -41,7 +42,7 @@ _EXPECTED = (
 
 alone = SingleProcess()
 _world: BaseCommunicator = alone
-_parts: dict[str, Communicator] = {}  # of this world, by key
+_parts: dict[str, BaseCommunicator] = {}  # of this world, by key
 
 
 def world() -> BaseCommunicator:
@@ -78,7 +79,7 @@ def set_world(comm: BaseCommunicator) -> BaseCommunicator:
     """Make `comm` what `world` returns; close the world before it and all that hangs on it."""
     global _world
     for part in _parts.values():
-        _end(part)
+        part.end("its world was closed, destroyed or replaced")
     _parts.clear()
     _world.end("its world was closed, destroyed or replaced")
     for native in list(_natives.values()):
@@ -88,21 +89,17 @@ def set_world(comm: BaseCommunicator) -> BaseCommunicator:
     return comm
 
 
-def _end(comm: Communicator) -> None:
-    if isinstance(comm, BaseCommunicator):
-        comm.end("its world was closed, destroyed or replaced")
-
-
-def _part(key: str) -> Communicator:
+def _part(key: str) -> BaseCommunicator:
     whole = world()
     part = _parts.get(key)
-    if part is None or getattr(part, "state", "open") == "closed":
+    if part is None or part.state == "closed":
         if not isinstance(whole, Splittable):
             raise GroupError(
                 f"{type(whole).__name__} cannot be divided into groups: give it a split method, or pass a "
                 "communicator of the group itself"
             )
-        part = _parts[key] = whole.split(_partition(key, whole))
+        made = whole.split(_partition(key, whole))
+        part = _parts[key] = made if isinstance(made, BaseCommunicator) else Foreign(made, Memory())
     return part
 
 
@@ -154,22 +151,24 @@ class _Native:
     def __init__(self, key: str, handle: Callable[[], Any]) -> None:
         self.key = key
         self.handle = handle
-        self._comm: Communicator | None = None
+        self._comm: BaseCommunicator | None = None
+        self._memory = Memory()  # of a communicator of the user's own
         _natives[key] = self
 
-    def communicator(self) -> Communicator:
+    def communicator(self) -> BaseCommunicator:
         comm = self._comm
-        if comm is None or getattr(comm, "state", "open") == "closed":
+        if comm is None or comm.state == "closed":
             handle = self.handle()
             if handle is None:
                 raise _no_group(self.key)
-            comm = _communicator_of(handle)
-            self._comm = comm if comm is not handle else None  # or it would live by being remembered
+            if _is_foreign(handle):  # would live by being remembered
+                return Foreign(handle, self._memory)
+            comm = self._comm = _communicator_of(handle)
         return comm
 
     def sweep(self) -> None:
         """Close where the group is gone, although somebody holds the handle."""
-        if isinstance(self._comm, BaseCommunicator) and not self._comm.exists():
+        if self._comm is not None and not self._comm.exists():
             self._comm.end("its group was destroyed")
 
 
@@ -183,7 +182,7 @@ def _forget(key: str, identity: int | None = None) -> None:
     if identity is not None:
         _keys.pop(identity, None)
     native = _natives.pop(key, None)
-    if native is not None and isinstance(native._comm, BaseCommunicator):
+    if native is not None and native._comm is not None:
         native._comm.end("its group was destroyed")
 
 
@@ -197,14 +196,14 @@ def _reference(handle: Any, gone: Callable[[Any], None] | None = None) -> Callab
         return lambda: handle
 
 
-def _communicator_of(handle: Any) -> Communicator:
+def _communicator_of(handle: Any) -> BaseCommunicator:
     if isinstance(handle, dist.ProcessGroup):
         return TorchDistributed(handle)
-    if _package(handle) == "mpi4py":
-        return _mpi.MPI(handle)
-    if _package(handle) == "horovod":
-        return Horovod(handle)
-    return handle  # type: ignore[no-any-return]
+    return _mpi.MPI(handle) if _package(handle) == "mpi4py" else Horovod(handle)
+
+
+def _is_foreign(handle: Any) -> bool:
+    return not isinstance(handle, dist.ProcessGroup) and _package(handle) not in ("mpi4py", "horovod")
 
 
 def _key_of_handle(handle: Any) -> str:
@@ -306,7 +305,7 @@ def _key_of_name(name: str) -> str:
 _LOST, _OUTSIDE = "lost ", "outside"
 
 
-def communicator(key: str) -> Communicator:
+def communicator(key: str) -> BaseCommunicator:
     """Return the communicator of the group that `key_of` named.
 
     It is made at the first call, which is collective over the group ("node", int: over the whole world, whose ranks
@@ -341,7 +340,7 @@ def _no_group(key: str) -> GroupError:
     return GroupError(f"the process group {key!r} does not exist any more: give one that does, or None for the world")
 
 
-def resolve(spec: ProcessGroup) -> Communicator:
+def resolve(spec: ProcessGroup) -> BaseCommunicator:
     """Return the communicator of the group `spec`: `communicator(key_of(spec))`."""
     return spec if isinstance(spec, BaseCommunicator) else communicator(key_of(spec))
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from syncbn.errors import BackendError, CollectiveError, GroupError
 
-from ._protocol import BaseCommunicator, Communicator, part_of, wait_until
+from ._carried import Carrying
+from ._protocol import Communicator, part_of, wait_until
 
 
 def _hvd() -> Any:
@@ -28,7 +29,7 @@ def _hvd() -> Any:
     return hvd
 
 
-class Horovod(BaseCommunicator):
+class Horovod(Carrying):
     """A Horovod process set.
 
     Horovod matches tensors by name, keeps what it negotiated under that name, and names the tensor when ranks stall. A
@@ -99,7 +100,7 @@ class Horovod(BaseCommunicator):
         if not self.exists():
             self.end("Horovod was shut down, or the process set removed")
 
-    def _sum(self, x: Tensor) -> Tensor:
+    def _add(self, x: Tensor) -> Tensor:
         hvd, seconds = _hvd(), 2 * self._timeout.total_seconds()
         # Horovod averages unless told otherwise. It keeps both tensors until it is done with them.
         handle = hvd.allreduce_async(x, op=hvd.Sum, name=f"syncbn.{x.numel()}", process_set=self.process_set)
@@ -108,7 +109,7 @@ class Horovod(BaseCommunicator):
         total: Tensor = hvd.synchronize(handle)  # HorovodInternalError is a RuntimeError
         return total
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, *, peers_know: bool = False) -> None:
         """Break, and with this every communicator over Horovod."""
         for comm in list(_all):
             if comm.state == "open":

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from syncbn.errors import BackendError
 
+from ._pairs import Pairs
 from ._protocol import BaseCommunicator, Communicator, log
 from ._shared_memory import AVAILABLE, SharedMemory
+from ._verdict import OTHER_VECTOR
 
 
 def hosts(comm: Communicator, *, device: str = "cpu", apart: bool = False) -> list[list[int]]:
@@ -36,20 +38,24 @@ def hosts(comm: Communicator, *, device: str = "cpu", apart: bool = False) -> li
 class TwoLevel(BaseCommunicator):
     """Sum within each host, then between the hosts' first ranks, and hand the result back within each host."""
 
-    def __init__(self, over: Communicator, within: SharedMemory, between: BaseCommunicator | None) -> None:
+    def __init__(self, over: Communicator, within: SharedMemory, between: Pairs | None) -> None:
         super().__init__(over.rank, over.size)
         self._within = within
         self._between = between  # None on all but the first rank of each host
         self.transport = f"shared memory within hosts, {getattr(over, 'transport', 'another')} between"
 
-    def _sum(self, x: Tensor) -> Tensor:
-        x = self._within._sum(x)
-        if self._between is None:
+    def _sum(self, x: Tensor, signature: int) -> tuple[Tensor, int]:
+        x, seen = self._within._sum(x, signature)
+        if self._between is not None:
+            x, seen = self._between.sum(x, signature, seen)
+        elif seen != OTHER_VECTOR:
             x.zero_()
-        else:
-            x = self._between._sum(x)
-        # A sum with zeros: every rank gets the first rank's bits.
-        return self._within.sum(x, 2 * self._within.seconds)  # the first rank waits between the hosts, and knows more
+        # A sum with zeros: every rank gets the first rank's bits. The verdict of all hosts comes as a disagreement with
+        # the first rank: about what is sent, or about its length.
+        sent = x.flatten()[:0] if seen == OTHER_VECTOR and self._between is not None else x
+        seconds = 2 * self._within.seconds  # the first rank waits between the hosts, and knows more
+        _, last = self._within.sum(sent, seen, seconds)
+        return x, max(seen, last)
 
     def _give_up(self) -> None:
         self._within._give_up()
@@ -58,9 +64,7 @@ class TwoLevel(BaseCommunicator):
         self._within.close()
 
 
-def by_hosts(
-    plain: BaseCommunicator, between: Callable[[list[int]], BaseCommunicator], timeout: timedelta
-) -> BaseCommunicator:
+def by_hosts(plain: BaseCommunicator, between: Callable[[list[int]], Pairs], timeout: timedelta) -> BaseCommunicator:
     """Return the fastest way to add CPU tensors over the ranks of `plain`, which is `plain` where no two share a host.
 
     Collective over `plain`. `SYNCBN_SHARED_MEMORY=0`, or a missing compiled module, sets a rank apart: the ranks need

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from syncbn.errors import BackendError, GroupError
 
-from ._protocol import BaseCommunicator, Communicator, part_of, wait_until
+from ._pairs import Pairs
+from ._protocol import Communicator, kind_of, part_of, wait_until
+from ._verdict import AGREE, OTHER_VECTOR
 
 
 def _mpi() -> Any:
@@ -24,7 +26,7 @@ def _mpi() -> Any:
     return MPI
 
 
-class MPI(BaseCommunicator):
+class MPI(Pairs):
     """An mpi4py communicator.
 
     Works on a duplicate of the user's communicator, so its messages cannot meet the user's. Making it is therefore
@@ -73,21 +75,34 @@ class MPI(BaseCommunicator):
         if mpi.COMM_WORLD.Get_size() > 1:
             _abort_job_on_exception()
 
-    def _sum(self, x: Tensor) -> Tensor:
+    def _sum(self, x: Tensor, signature: int) -> tuple[Tensor, int]:
         if x.is_cuda and self._cuda_aware:
             torch.cuda.current_stream(x.device).synchronize()  # MPI knows nothing of streams
-            return self._sum_in_place(x, x)
-        host = x.cpu()  # waits for the current stream; the tensor itself when it is on the CPU
-        return self._sum_in_place(host, host.numpy()).to(x.device)
+            nothing = torch.empty(0, dtype=x.dtype, device="cpu")  # headers travel through the host
+            verdict = self._add_first(nothing, kind_of(x), signature, AGREE)
+            if verdict != OTHER_VECTOR:
+                self._add_rest(x)
+            return x, verdict
+        total, verdict = super()._sum(x.cpu(), signature)  # waits for the current stream; x itself on the CPU
+        return total.to(x.device), verdict
 
-    def _sum_in_place(self, x: Tensor, buffer: Any) -> Tensor:
-        mpi, seconds = _mpi(), self._timeout.total_seconds()
-        _written_to[id(x)] = x
-        request = self.comm.Iallreduce(mpi.IN_PLACE, buffer, op=mpi.SUM)
-        if not wait_until(request.Test, seconds):
-            raise RuntimeError(f"no answer within {seconds:g} s")
-        del _written_to[id(x)]
-        return x
+    def _add_rest(self, x: Tensor) -> None:
+        self._wait([self.comm.Iallreduce(_mpi().IN_PLACE, x if x.is_cuda else x.numpy(), op=_mpi().SUM)], x)
+
+    def _swap(self, peer: int, outgoing: Tensor | None, incoming: Tensor | None) -> None:
+        requests = []
+        if incoming is not None:
+            requests.append(self.comm.Irecv([incoming.numpy(), _mpi().BYTE], peer))
+        if outgoing is not None:
+            requests.append(self.comm.Isend([outgoing.numpy(), _mpi().BYTE], peer))
+        self._wait(requests, incoming, outgoing, peer=f"rank {peer}: ")
+
+    def _wait(self, requests: list[Any], *memory: Tensor | None, peer: str = "") -> None:
+        seconds = self._timeout.total_seconds()
+        _written_to[id(requests)] = requests, memory
+        if not wait_until(lambda: _mpi().Request.Testall(requests), seconds):
+            raise RuntimeError(f"{peer}no answer within {seconds:g} s")
+        del _written_to[id(requests)]
 
     def _release(self) -> None:
         if self.state == "open" and not _mpi().Is_finalized():  # else a collective may be pending in it
@@ -103,7 +118,7 @@ class MPI(BaseCommunicator):
             part.Free()  # MPI() made a duplicate of its own
 
 
-_written_to: dict[int, Tensor] = {}  # MPI writes to these until a collective ends, also when nobody waits any more
+_written_to: dict[int, Any] = {}  # MPI writes to these until its requests end, also when nobody waits any more
 
 
 def label(comm: Any, make: Callable[[], str]) -> str:

@@ -15,7 +15,17 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from syncbn.errors import CollectiveError, DTypeError, GroupError, SyncBatchNormError
+from syncbn.errors import (
+    CollectiveError,
+    DTypeError,
+    GroupError,
+    MismatchError,
+    PeerLostError,
+    SyncBatchNormError,
+)
+
+from . import _verdict
+from ._place import ALL_REDUCE, Call, Place
 
 
 @runtime_checkable
@@ -70,13 +80,16 @@ class BaseCommunicator(ABC):
     """What our communicators have in common: the checks, the states, the errors. A backend supplies `_sum`.
 
     A communicator is *open*. It is *broken* for good by whatever leaves its ranks out of step: a failure or an
-    interruption of `all_reduce`, or a fork (in the child). It is *closed* by `close`, or with the group beneath it.
+    interruption of `all_reduce`, a mismatch, or a fork (in the child). It is *closed* by `close`, or with the group
+    beneath it.
 
     Attributes:
         state: "open", "broken" or "closed".
         key: names it in this process, see `_groups`.
         transport: what carries the vectors.
         backends: what `init` calls it.
+        call: the sum that this rank waits for; None between two.
+        last: the sum before.
     """
 
     transport = ""
@@ -87,40 +100,69 @@ class BaseCommunicator(ABC):
         self.size = size
         self.state = "open"
         self.key = f"{type(self).__name__} {next(_numbers)}"
+        self.call: Call | None = None
+        self.last: Call | None = None
         self._reason = ""  # why it is not open
+        self._calls: dict[Place, int] = {}  # how often each place has called
         by_key[self.key] = self
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum of `x` over the ranks, see `Communicator.all_reduce`."""
+    def all_reduce(self, x: Tensor, place: Place = ALL_REDUCE) -> Tensor:
+        """Return the sum of `x` over the ranks, see `Communicator.all_reduce`.
+
+        Args:
+            x: the vector.
+            place: who asks. The ranks compare it, and how often it has asked: see `MismatchError`.
+        """
         check_payload(x)
         self._check(x)
         if self.state != "open":
-            raise self._not_open()
+            raise self._not_open(place)
         if self.size == 1:
             return x
+        number = self._calls[place] = self._calls.get(place, 0) + 1
+        self.call = call = Call(place, number)
         try:
-            return self._sum(x)
+            total, verdict = self._sum(x, call.signature)
+            if verdict:
+                self._disagree(verdict, call, x)
         except SyncBatchNormError as error:  # from within the first all_reduce, which sets the transport up
-            self.fail(str(error))
+            self.fail(str(error), peers_know=isinstance(error, MismatchError))
             raise
         except RuntimeError as error:
-            self.fail(f"all_reduce of {x.numel()} numbers failed {self._here()}: {LOST}: {error}")
-            raise CollectiveError(self._reason) from error
+            self.fail(f"in {call}: all_reduce of {x.numel()} numbers failed {self._here()}: {LOST}: {error}")
+            raise PeerLostError(self._reason) from error
         except BaseException as error:  # KeyboardInterrupt, for one
-            self.fail(f"all_reduce of {x.numel()} numbers was interrupted {self._here()}: {error!r}")
+            self.fail(f"in {call}: all_reduce of {x.numel()} numbers was interrupted {self._here()}: {error!r}")
             raise
+        self.call, self.last = None, call
+        return total
 
     @abstractmethod
-    def _sum(self, x: Tensor) -> Tensor:
-        """Return the sum over at least two ranks. RuntimeErrors become CollectiveErrors in `all_reduce`."""
+    def _sum(self, x: Tensor, signature: int) -> tuple[Tensor, int]:
+        """Return the sum over at least two ranks, and whether they agree: AGREE, OTHER_PLACE or OTHER_VECTOR.
+
+        `signature` is 63 bits that are compared. The verdict is the same on all ranks, and they are in step after it;
+        where it is OTHER_VECTOR the sum is nothing. RuntimeErrors become PeerLostErrors in `all_reduce`.
+        """
+
+    def _disagree(self, verdict: int, call: Call, x: Tensor) -> None:
+        """Say so on every rank: MismatchError, or, where that is wanted and there is a sum, a warning."""
+        error = self._where_all_are(call, x)
+        if verdict == _verdict.OTHER_VECTOR:
+            raise error
+        _verdict.refuse(error)
+
+    def _where_all_are(self, call: Call, x: Tensor) -> MismatchError:
+        return _verdict.gather(call, x, self.rank, self.size, lambda rows: self._sum(rows, 0)[0])
 
     def _check(self, x: Tensor) -> None:  # noqa: B027
         """Refuse a tensor that this backend cannot sum, before anything is sent; close where the group is gone."""
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, *, peers_know: bool = False) -> None:
         """Break: the ranks are out of step. Peers that wait for this one are told, where that is possible."""
         self.state, self._reason = "broken", reason
-        self._give_up()
+        if not peers_know:  # those that do may still be reading
+            self._give_up()
 
     def _give_up(self) -> None:  # noqa: B027
         """Let peers that wait for this rank know that it will not come."""
@@ -144,12 +186,12 @@ class BaseCommunicator(ABC):
         """Tell whether the native group beneath exists; cheap, local."""
         return True
 
-    def _not_open(self) -> SyncBatchNormError:
+    def _not_open(self, place: Place) -> SyncBatchNormError:
         if self.state == "closed":
-            return GroupError(f"{self!r}: {self._reason}; use syncbn.world(), or a group that exists")
+            return GroupError(f"in {place.text}: {self!r}: {self._reason}; use syncbn.world(), or a group that exists")
         return CollectiveError(
-            f"{self!r}, since its ranks are out of step: {self._reason}. Start the job again, or on every rank close() "
-            "this communicator and make another (of the world: syncbn.init())"
+            f"in {place.text}: {self!r}, since its ranks are out of step: {self._reason}. Start the job again, or on "
+            "every rank close() this communicator and make another (of the world: syncbn.init())"
         )
 
     def _here(self) -> str:
@@ -165,7 +207,7 @@ class BaseCommunicator(ABC):
         return LostGroup, (type(self).__name__,)
 
 
-LOST = "a peer died, ended, sent something else, or did not call in time"
+LOST = "a peer died, ended, or did not call in time"
 FORKED = "this process was forked from the one that made the communicator, and a child cannot act for its parent"
 log = logging.getLogger("syncbn")
 by_key: weakref.WeakValueDictionary[str, BaseCommunicator] = weakref.WeakValueDictionary()
@@ -200,6 +242,11 @@ def check_payload(x: Tensor) -> None:
         raise DTypeError("all_reduce expected plain memory, got a negative view: pass x.resolve_neg()")
     if _is_transformed(x):
         raise DTypeError("all_reduce cannot be transformed by torch.func (grad, vmap, jvp): call it outside")
+
+
+def kind_of(x: Tensor) -> int:
+    """Return a number that is the same for vectors of one length and dtype."""
+    return 2 * x.numel() + (x.dtype == torch.float64)
 
 
 _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor

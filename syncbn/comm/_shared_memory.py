@@ -16,6 +16,7 @@ from syncbn._compiled import native
 from syncbn.errors import BackendError, GroupError
 
 from ._protocol import BaseCommunicator, Communicator, part_of
+from ._verdict import AGREE
 
 _Memory: Any = getattr(native, "SharedMemory", None)  # None also where the system is not Linux
 AVAILABLE = _Memory is not None
@@ -62,14 +63,14 @@ class SharedMemory(BaseCommunicator):
         if not x.is_cpu:
             raise GroupError(f"shared memory adds CPU tensors only, got one on {x.device}: use torch.distributed")
 
-    def _sum(self, x: Tensor) -> Tensor:
-        return self.sum(x, self.seconds)
+    def _sum(self, x: Tensor, signature: int) -> tuple[Tensor, int]:
+        return self.sum(x, signature, self.seconds)
 
-    def sum(self, x: Tensor, seconds: float) -> Tensor:
+    def sum(self, x: Tensor, signature: int, seconds: float) -> tuple[Tensor, int]:
         """As `_sum`, with a deadline of its own."""
-        if self._memory is not None:  # None: alone
-            self._memory.all_reduce(x.data_ptr(), x.numel(), x.dtype == torch.float64, seconds)
-        return x
+        if self._memory is None:  # alone
+            return x, AGREE
+        return x, self._memory.all_reduce(x.data_ptr(), x.numel(), x.dtype == torch.float64, seconds, signature)
 
     def _give_up(self) -> None:
         if self._memory is not None:

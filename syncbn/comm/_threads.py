@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._protocol import BaseCommunicator, Communicator, part_of
+from ._verdict import AGREE, OTHER_PLACE, OTHER_VECTOR
 
 T = TypeVar("T")
 
@@ -19,7 +20,7 @@ class _Room:
     """What the threads of one world share: a slot each, and two barriers per collective."""
 
     def __init__(self, size: int, timeout: float) -> None:
-        self.slots: list[Tensor | None] = [None] * size
+        self.slots: list[tuple[Tensor, int] | None] = [None] * size
         self.barrier = threading.Barrier(size, timeout=timeout)
         self.timeout = timeout
         self.aborted = False
@@ -57,28 +58,24 @@ class ThreadReplica(BaseCommunicator):
     def __init__(self, rank: int, room: _Room) -> None:
         super().__init__(rank, len(room.slots))
         self._room = room
-        self._peers_know = False  # of a failure, since they see it themselves
 
-    def _sum(self, x: Tensor) -> Tensor:
+    def _sum(self, x: Tensor, signature: int) -> tuple[Tensor, int]:
         slots = self._room.slots
-        slots[self.rank] = x
+        slots[self.rank] = x, signature
         self._room.wait()
-        peers = [slot for slot in slots if slot is not None]
-        signatures = [(slot.dtype, tuple(slot.shape)) for slot in peers]
-        total = None
-        if len(set(signatures)) == 1:
-            total = peers[0].clone()
-            for peer in peers[1:]:
-                total += peer
+        vectors, signatures = zip(*filter(None, slots), strict=True)
+        verdict = AGREE if len(set(signatures)) == 1 else OTHER_PLACE
+        if len({(vector.dtype, tuple(vector.shape)) for vector in vectors}) > 1:
+            verdict = OTHER_VECTOR
+        else:
+            x = vectors[0].clone()
+            for vector in vectors[1:]:
+                x += vector
         self._room.wait()  # everybody has read: the slots may be filled again
-        if total is None:
-            self._peers_know = True
-            raise RuntimeError(f"the replicas sent different dtypes or shapes, by rank: {signatures}")
-        return total
+        return x, verdict
 
     def _give_up(self) -> None:
-        if not self._peers_know:  # else this would disturb those that still leave the barrier
-            self._room.abort()
+        self._room.abort()
 
     def split(self, partition: Sequence[Sequence[int]]) -> Communicator:
         """Return the communicator of the part that holds this rank."""

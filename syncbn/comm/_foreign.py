@@ -1,0 +1,30 @@
+"""A communicator that a user wrote, which knows `all_reduce(x)` and no more, as one of ours."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._carried import Carrying, Verdicts
+from ._place import Place
+from ._protocol import Communicator
+
+
+class Memory:
+    """What is kept of a user's communicator between two uses: it is not kept itself."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Place, int] = {}
+        self.verdicts = Verdicts()
+
+
+class Foreign(Carrying):
+    """Does for a user's communicator what ours do by themselves: names calls in errors, and compares them."""
+
+    def __init__(self, comm: Communicator, memory: Memory) -> None:
+        super().__init__(comm.rank, comm.size)
+        self.comm = comm
+        self.transport = type(comm).__name__
+        self._calls, self._verdicts = memory.calls, memory.verdicts
+
+    def _add(self, x: Tensor) -> Tensor:
+        return self.comm.all_reduce(x)
