@@ -64,9 +64,8 @@ def gather(call: Call, x: Tensor, rank: int, size: int, add: Callable[[Tensor], 
         size: number of ranks.
         add: returns the sum of a float64 vector over the ranks.
     """
-    text = f"{call.place.text}\n{call.number}\n{call.place.detail}\n{x.numel()} x {str(x.dtype)[6:]}".encode()[
-        -_CHARACTERS:
-    ]
+    vector = f"{x.numel()} x {str(x.dtype).removeprefix('torch.')}"
+    text = "\n".join([call.place.text, str(call.number), call.place.detail, vector]).encode()[-_CHARACTERS:]
     rows = torch.zeros(size, _CHARACTERS, dtype=torch.float64, device="cpu")
     rows[rank, : len(text)] = torch.tensor(list(text), dtype=torch.float64, device="cpu")
     told = add(rows.flatten()).view(size, -1).to(torch.uint8).tolist()
