@@ -193,16 +193,17 @@ class _AllReduce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(vector: Tensor, comm: BaseCommunicator, known: Tensor | None) -> Tensor:
-        return comm.all_reduce(vector.clone()) if known is None else known.clone()
+    def forward(vector: Tensor, comm: BaseCommunicator, place: Place, known: Tensor | None) -> Tensor:
+        return comm.all_reduce(vector.clone(), place) if known is None else known.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, BaseCommunicator, Tensor | None], output: Tensor) -> None:
-        ctx.comm = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, BaseCommunicator, Place, Tensor | None], output: Tensor) -> None:
+        _, ctx.comm, ctx.place, _ = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _AllReduce.apply(grad.contiguous(), ctx.comm, None), None, None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        sums = _AllReduce.apply(grad.contiguous(), ctx.comm, ctx.place, None)  # type: ignore[no-untyped-call]
+        return sums, None, None, None
 
 
 class _SyncBatchNorm(torch.autograd.Function):

@@ -157,11 +157,11 @@ def test_a_backward_that_keeps_its_graph_among_others(gloo) -> None:
 
 
 def _fallback_free(rank: int, size: int) -> int:
-    """Blocks that share code are compiled once: the group is no reason to compile anew."""
+    """Blocks that share code are compiled once: neither the group nor a layer's name is a reason to compile anew."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    blocks = [syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())) for _ in range(4)]
-    for block in blocks:
+    blocks = nn.ModuleList([nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()) for _ in range(4)])
+    for block in syncbn.convert_sync_batchnorm(blocks):
         torch.compile(block, backend="aot_eager", fullgraph=True)(torch.randn(2, 3, 4, 4))
     plain = [nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()) for _ in range(4)]
     ours = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -204,5 +204,5 @@ def test_a_graph_break_is_counted() -> None:
 
 def test_only_the_output_of_the_operation_has_a_gradient() -> None:
     x = torch.randn(4, 2, requires_grad=True)
-    outputs = torch.ops.syncbn.forward(x, None, None, None, "", 0.0, None, None, None, None, 1e-5, "world")
+    outputs = torch.ops.syncbn.forward(x, None, None, None, "", 0.0, None, None, None, None, 1e-5, "world", "", None)
     assert [output.requires_grad for output in outputs] == [True, False, False]

@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 import socket
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -337,12 +338,16 @@ def test_errors_of_peers_name_the_layer() -> None:
 
 
 def test_a_lost_peer_is_an_error_that_names_layer_and_direction() -> None:
+    reached = threading.Event()
+
     def replica(comm: Any) -> str:
         net = model(comm)
         y = forward(net, 0, 1)
         if comm.rank == 1:
+            reached.wait(20)
             comm._give_up()
             return ""
+        reached.set()
         with pytest.raises(PeerLostError) as caught:
             y.sum().backward()
         return str(caught.value)
@@ -372,12 +377,8 @@ def test_conversion_names_what_has_no_name() -> None:
 
 
 def test_wrappers_are_no_part_of_a_name() -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-    wrapped = torch.compile(Wrapper(Net()))
+    """As DDP, and torch.compile around it, hold a model."""
+    wrapped = nn.ModuleDict({"_orig_mod": nn.ModuleDict({"module": Net()})})
     assert names(convert_sync_batchnorm(wrapped)) == ["stem.1", "head"]
 
 

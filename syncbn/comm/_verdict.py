@@ -64,7 +64,7 @@ def gather(call: Call, x: Tensor, rank: int, size: int, add: Callable[[Tensor], 
         size: number of ranks.
         add: returns the sum of a float64 vector over the ranks.
     """
-    vector = f"{x.numel()} x {str(x.dtype).removeprefix('torch.')}"
+    vector = " x ".join([*map(str, x.shape), str(x.dtype).removeprefix("torch.")])
     text = "\n".join([call.place.text, str(call.number), call.place.detail, vector]).encode()[-_CHARACTERS:]
     rows = torch.zeros(size, _CHARACTERS, dtype=torch.float64, device="cpu")
     rows[rank, : len(text)] = torch.tensor(list(text), dtype=torch.float64, device="cpu")
