@@ -160,7 +160,7 @@ def test_comm_and_kernels_do_not_know_each_other(name):
         ("comm._mpi", "from syncbn._layer import SyncBatchNorm", "_layer"),
         ("comm._mpi", "from .._autograd import forward", "_autograd"),
         ("comm._mpi", "from ._groups import resolve", "comm._groups"),
-        ("comm._mpi", "from . import _single", "comm._single"),
+        ("comm._single", "from . import _mpi", "comm._mpi"),
         ("comm._mpi", "def f():\n    import syncbn.functional", "functional"),
         ("_statistics", "from . import _layer", "_layer"),
         ("functional", "import syncbn", ""),

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from reference import Recording, Unreachable, random_batch
+from reference import SIGNATURE, Recording, Unreachable, random_batch
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -544,9 +544,8 @@ class Twin:
     rank, size = 0, 2
 
     def all_reduce(self, x):
-        if x.numel() == 6:  # the check
-            x[3:] = x[:3]
-            return x
+        if x.numel() == 6 + SIGNATURE:  # the check
+            return torch.cat([x[:3], x[:3], 2 * x[6:]])
         return 2 * x
 
 
