@@ -83,11 +83,10 @@ def run(launcher: str, fault: str) -> tuple[float, int, str]:
                 start_new_session=True,
             )
             deadline = time.monotonic() + PATIENCE
-            while (left := processes(token)) and time.monotonic() < deadline:
-                job.poll()
+            while (job.poll() is None or processes(token)) and time.monotonic() < deadline:
                 time.sleep(0.05)
         ended = time.time()
-        for process in left:
+        for process in processes(token):
             os.kill(process, signal.SIGKILL)
         job.wait()
         seconds = ended - marker.stat().st_mtime if marker.exists() else float("nan")
