@@ -3,11 +3,11 @@
     python benchmarks/resume.py --points 20
     SYNCBN_SHARED_MEMORY=0 python benchmarks/resume.py --points 20      # the same over sockets
 
-Trains examples/detect_digits.py for a few steps, first undisturbed. Each point then kills by SIGKILL in a random step, a
-random part of a step's time after it began: a rank, where torchrun starts all ranks again (--max-restarts); a rank, where
-the same command is given again; or the whole job, torchrun and all ranks, where the command is given again. Prints for
-each the largest difference of final parameters and buffers. At the end a training that is killed is resumed by other
-numbers of processes. The exit status is not 0 if a difference is larger than it should be.
+Trains examples/detect_digits.py for a few steps, first undisturbed. Each point then kills by SIGKILL in a random step,
+a random part of a step's time after it began: a rank, where torchrun starts all ranks again (--max-restarts); a rank,
+where the same command is given again; or the whole job, torchrun and all ranks, where it is given again. Prints for each
+the largest difference of final parameters and buffers. At the end trainings that are killed are resumed by other numbers
+of processes. The exit status is not 0 if a difference is larger than it should be.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-IMAGES, STEPS, PROCESSES = 6, 12, 2  # of a whole batch; of a training; of a job
+IMAGES, STEPS, EVERY, PROCESSES = 6, 12, 2, 2  # of a whole batch; of a training; between checkpoints; of a job
 RESTARTED, AGAIN, WHOLE = "rank killed, --max-restarts", "rank killed, by hand", "job killed, by hand"
 NEVER = STEPS  # a step that is not reached
 
@@ -41,8 +41,8 @@ class Point:
     part: float = 0.0  # of a step's time
 
     @classmethod
-    def draw(cls, way: str) -> Point:
-        return cls(way, random.randrange(STEPS - 1), random.randrange(PROCESSES), random.random())
+    def draw(cls, way: str, first: int = 0) -> Point:
+        return cls(way, random.randrange(first, STEPS - 1), random.randrange(PROCESSES), random.random())
 
 
 def train(point: Point, folder: Path, dtype: str, processes: int = PROCESSES) -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,7 @@ def train(point: Point, folder: Path, dtype: str, processes: int = PROCESSES) ->
     who = "job" if point.way == WHOLE else "rank"
     killed = ["tests/jobs/killed_job.py", *map(str, (point.step, point.rank, point.part, who, folder / "killed"))]
     example = ["--images-per-process", str(IMAGES // processes), "--steps", str(STEPS), "--dtype", dtype]
-    rare = ["--checkpoint-every", "3", "--eval-every", str(STEPS), "--test-canvases", "1"]
+    rare = ["--checkpoint-every", str(EVERY), "--eval-every", str(STEPS), "--test-canvases", "1"]
     command = [*torchrun, *restarts, "--", *killed, *example, *rare, "--resume", "--output", str(folder)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": tempfile.gettempdir()}
     return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=180, check=False)
@@ -94,8 +94,8 @@ def main() -> None:
     args = parser.parse_args()
     random.seed(args.seed)
     points = [(Point.draw((RESTARTED, AGAIN, WHOLE)[number % 3]), PROCESSES) for number in range(args.points)]
-    points += [(Point.draw(WHOLE), processes) for processes in (1, 3)]
-    table = Table(title=f"{args.dtype}, {STEPS} steps, a checkpoint every 3")
+    points += [(Point.draw(WHOLE, EVERY), processes) for processes in (1, 3)]
+    table = Table(title=f"{args.dtype}, {STEPS} steps, a checkpoint every {EVERY}")
     for heading in ("way", "rank", "killed in step", "resumed from", "processes", "largest difference"):
         table.add_column(heading)
     wrong = 0
@@ -111,14 +111,8 @@ def main() -> None:
             wrong += apart != 0 if same else args.dtype == "float64" and apart > 1e-9
             victim = "all" if point.way == WHOLE else str(point.rank)
             numbers = f"{PROCESSES}" if same else f"{PROCESSES}, then {processes}"
-            row = (
-                point.way,
-                victim,
-                f"{point.step} + {point.part:.2f}",
-                begin,
-                numbers,
-                f"{apart:.1e}" if apart else "0",
-            )
+            when, result = f"{point.step} + {point.part:.2f}", f"{apart:.1e}" if apart else "0"
+            row = (point.way, victim, when, begin, numbers, result)
             table.add_row(*row)
             print(*row, sep=" | ", flush=True)
     Console(width=120).print(table)
