@@ -5,9 +5,9 @@
 
 Trains examples/detect_digits.py for a few steps, first undisturbed. Each point then kills by SIGKILL in a random step,
 a random part of a step's time after it began: a rank, where torchrun starts all ranks again (--max-restarts); a rank,
-where the same command is given again; or the whole job, torchrun and all ranks, where it is given again. Prints for each
-the largest difference of final parameters and buffers. At the end trainings that are killed are resumed by other numbers
-of processes. The exit status is not 0 if a difference is larger than it should be.
+where the same command is given again; or the whole job, torchrun and all ranks, where it is given again. Prints the
+largest difference of final parameters and buffers. At the end trainings that are killed are resumed by other numbers of
+processes. The exit status is not 0 if a difference is larger than it should be.
 """
 
 from __future__ import annotations
