@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import COLLECTIVE_SECONDS
+from conftest import COLLECTIVE_SECONDS, run_job
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -120,3 +121,37 @@ def test_the_others_go_on_without_a_rank_that_left(gloo, tmp_path) -> None:
     *states, _ = gloo(3, _left_behind, tmp_path)
     for state in states:
         assert largest_difference(state, alone(2)) <= 1e-12
+
+
+def horovod_elastic(folder: Path, event: str, hosts: str) -> str:
+    """Let horovodrun find `hosts`, each of which is this one, and return what it printed."""
+    (folder / "hosts").write_text(hosts)
+    discover = folder / "discover.sh"
+    discover.write_text(f"#!/bin/sh\ncat {folder}/hosts\n")
+    discover.chmod(0o755)
+    # The interface: else horovodrun begins with two hosts or more.
+    counts = ["-np", str(hosts.count(":")), "--min-np", "1", "--max-np", "2", "--network-interfaces", "lo"]
+    script = ["python", "tests/jobs/horovod_elastic_job.py", event, f"{folder}/mark", f"{folder}/hosts"]
+    command = ["horovodrun", "--gloo", *counts, "--host-discovery-script", str(discover), *script]
+    job = run_job(command, seconds=100)
+    assert job.returncode == 0, job.stdout
+    assert (folder / "mark").exists()
+    return job.stdout
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(240)
+def test_horovod_elastic_goes_on_with_fewer_and_with_more_workers(tmp_path) -> None:
+    totals = set()
+    for event, hosts, worlds in (
+        ("killed", "localhost:1\n127.0.0.1:1\n", [(r"\[2, 1\]", "rank 0 of 1")]),
+        ("more", "localhost:1\n", [(r"\[1, 2\]", "rank 0 of 2"), (r"\[2\]", "rank 1 of 2")]),
+    ):
+        folder = tmp_path / event
+        folder.mkdir()
+        output = horovod_elastic(folder, event, hosts)
+        for sizes, place in worlds:
+            ended = re.search(rf"worlds {sizes}, in the end {place}: ([\d.]+)", output)
+            assert ended, output
+            totals.add(ended[1])
+    assert len(totals) == 1, totals  # the same training, whoever came and went
