@@ -20,7 +20,7 @@ import syncbn
 from syncbn.errors import CollectiveError
 
 event, mark, hosts = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-syncbn.init(timeout=timedelta(seconds=20))
+syncbn.init(timeout=timedelta(seconds=60))
 torch.manual_seed(0)
 network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
 model = syncbn.convert_sync_batchnorm(network)
