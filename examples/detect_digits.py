@@ -4,7 +4,8 @@
     torchrun --standalone --nproc-per-node 4 examples/detect_digits.py --images-per-process 2 --norm sync
 
 The two see the same batches and compute the same losses. With `--norm batch` the second would normalise every two
-images by themselves. Writes checkpoint.pt, metrics.json and TensorBoard scalars to the output folder.
+images by themselves. Writes checkpoint.pt, metrics.json and TensorBoard scalars to the output folder. With --resume
+the same command starts a training and goes on with one that was killed, to the same result: see docs/resume.md.
 """
 
 import argparse
@@ -16,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from digits.checkpoint import check_identity, load_checkpoint, save_checkpoint, save_json
+from digits.checkpoint import check_identity, load_checkpoint, lock, save_checkpoint, save_json
 from digits.data import make_canvas, training_share
 from digits.evaluate import average_precision, detect
 from digits.model import Detector, images_of, summed_losses, targets_of
@@ -50,8 +52,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=("float32", "float64"), default="float32")
     add("--lr", type=float, default=5e-3, help="highest learning rate of AdamW")
     add("--output", type=Path, default=Path("runs/digits"), metavar="DIR", help="must be seen by all processes")
-    add("--resume", action="store_true", help="continue from the checkpoint in the output folder")
-    add("--eval-every", type=at_least(1), default=50, metavar="N", help="steps between evaluations and checkpoints")
+    add("--resume", action="store_true", help="go on from the checkpoint in the output folder, if there is one")
+    add("--checkpoint-every", type=at_least(1), default=50, metavar="N", help="steps; one more follows the last")
+    add("--eval-every", type=at_least(1), default=50, metavar="N", help="steps; one more follows the last")
     add("--test-canvases", type=at_least(1), default=200, metavar="N")
     return parser.parse_args()
 
@@ -71,7 +74,10 @@ def identity(args: argparse.Namespace, comm: Communicator) -> dict[str, Any]:
 
 @dataclass
 class Training:
-    """All that changes while training, and so all that a checkpoint holds."""
+    """All that changes while training, and so all that a checkpoint holds.
+
+    Batches, random numbers and the learning rate are functions of the step, which is the number of losses.
+    """
 
     model: Detector
     optimizer: torch.optim.Optimizer
@@ -113,12 +119,14 @@ def stop_together(problem: str | None, comm: Communicator, device: torch.device)
 
 
 def prepare(training: Training, args: argparse.Namespace, comm: Communicator) -> str | None:
-    """Make the output folder and resumes if asked to; return what is in the way, if anything is."""
+    """Claim the output folder and take up its checkpoint if asked to; return what is in the way, if anything is."""
+    path = args.output / "checkpoint.pt"
     try:
         if comm.rank == 0:
             args.output.mkdir(parents=True, exist_ok=True)
-        if args.resume:
-            state = load_checkpoint(args.output / "checkpoint.pt", next(training.model.parameters()).device)
+            lock(args.output / "lock")
+        if args.resume and path.exists():
+            state = load_checkpoint(path, next(training.model.parameters()).device)
             check_identity(state.get("identity", {}), identity(args, comm))
             # With local statistics every replica gets rank 0's running mean and variance, which training never reads.
             training.load(state)
@@ -129,6 +137,21 @@ def prepare(training: Training, args: argparse.Namespace, comm: Communicator) ->
     return None
 
 
+def start_together(training: Training, args: argparse.Namespace, comm: Communicator, device: torch.device) -> None:
+    """Resume on every replica from the same step, or exit on every one; rank 0 says which."""
+    stop_together(prepare(training, args, comm), comm, device)
+    steps = torch.zeros(comm.size, device=device)
+    steps[comm.rank] = len(training.losses)
+    steps = comm.all_reduce(steps)
+    if (steps != steps[0]).any():
+        each = ", ".join(f"{step:.0f}" for step in steps.tolist())
+        raise SystemExit(
+            f"detect_digits: the ranks found checkpoints of steps {each} in {args.output}: give a folder that all see"
+        )
+    if args.resume and comm.rank == 0:
+        print(f"resuming after step {len(training.losses)} of {args.steps}" if training.losses else "no checkpoint yet")
+
+
 def learning_rate(highest: float, step: int) -> float:
     """Warm-up, then decay; a function of the step alone, so that a resumed run can go further than was planned."""
     return highest * min((step + 1) / 20, (100 / (step + 1)) ** 0.5, 1.0)
@@ -137,6 +160,8 @@ def learning_rate(highest: float, step: int) -> float:
 def train_step(training: Training, args: argparse.Namespace, comm: Communicator) -> Tensor:
     """Take one step, and return the parts of the whole batch's loss, (3,), the same on every replica."""
     step = len(training.losses)
+    # For layers that draw, like dropout; this detector has none. There is then no generator's state to save.
+    torch.manual_seed(int(np.random.SeedSequence([args.seed, step, comm.rank]).generate_state(1)[0]))
     canvases = training_share(args.seed, step, comm.rank, comm.size, args.images_per_process)
     like = next(training.model.parameters())
     targets = targets_of(canvases, like)
@@ -157,7 +182,8 @@ def train_step(training: Training, args: argparse.Namespace, comm: Communicator)
 class Reporter:
     """What rank 0 does beside training: evaluating, checkpoints, metrics, TensorBoard."""
 
-    def __init__(self, args: argparse.Namespace, comm: Communicator, first_step: int) -> None:
+    def __init__(self, args: argparse.Namespace, comm: Communicator, training: Training) -> None:
+        self.began = time.perf_counter() - training.seconds
         self.output: Path = args.output
         self.identity = identity(args, comm)
         self.start = {
@@ -166,22 +192,28 @@ class Reporter:
             "images_per_process": args.images_per_process,
         }
         self.canvases = [make_canvas(args.seed, "test", index) for index in range(args.test_canvases)]
-        self.writer = SummaryWriter(str(self.output), purge_step=first_step)  # steps lost by a kill are drawn once
+        self.writer = SummaryWriter(str(self.output), purge_step=len(training.losses))  # no lost step twice
 
     def losses(self, step: int, parts: Tensor) -> None:
         for name, part in zip(LOSS_PARTS, parts.tolist(), strict=True):
             self.writer.add_scalar(f"loss/{name}", part, step)
         self.writer.add_scalar("loss/total", parts.sum().item(), step)
 
-    def evaluate(self, training: Training) -> float:
+    def evaluate(self, training: Training) -> None:
         """Average precision with rank 0's running statistics, as is usual; local batch norm has others elsewhere."""
         precision = average_precision(self.canvases, detect(training.model, self.canvases))
         training.curve.append((len(training.losses), precision))
         self.writer.add_scalar("AP at IoU 0.5", precision, len(training.losses))
         self.writer.flush()
-        return precision
+        tqdm.write(f"step {len(training.losses)}: loss {training.losses[-1]:.4f}, AP at IoU 0.5 {precision:.3f}")
+
+    def finish(self, training: Training) -> None:
+        if not training.curve or training.curve[-1][0] < len(training.losses):
+            self.evaluate(training)
+        self.save(training)
 
     def save(self, training: Training) -> None:
+        training.seconds = time.perf_counter() - self.began
         metrics = {
             **self.identity,
             **self.start,
@@ -196,9 +228,8 @@ class Reporter:
 
 def train(training: Training, args: argparse.Namespace, comm: Communicator) -> None:
     """Train up to `args.steps`; only rank 0 evaluates and writes, and its peers wait for it in the next collective."""
-    began = time.perf_counter() - training.seconds
     first = len(training.losses)
-    reporter = Reporter(args, comm, first) if comm.rank == 0 else None
+    reporter = Reporter(args, comm, training) if comm.rank == 0 else None
     # disable=None: no bar where there is no terminal.
     bar = tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, disable=None if reporter else True)
     for step in bar:
@@ -206,11 +237,12 @@ def train(training: Training, args: argparse.Namespace, comm: Communicator) -> N
         if reporter is None:
             continue
         reporter.losses(step, parts)
-        if step % args.eval_every == 0 or step == args.steps:
-            precision = reporter.evaluate(training)
-            training.seconds = time.perf_counter() - began
+        if step % args.eval_every == 0:
+            reporter.evaluate(training)
+        if step % args.checkpoint_every == 0:
             reporter.save(training)
-            bar.write(f"step {step}: loss {training.losses[-1]:.4f}, AP at IoU 0.5 {precision:.3f}")
+    if reporter is not None:
+        reporter.finish(training)
 
 
 def main() -> None:
@@ -220,7 +252,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the GPUs, init has chosen ours
     torch.backends.cudnn.deterministic = True  # a resumed run repeats the uninterrupted one bit for bit
     training = new_training(args, device)
-    stop_together(prepare(training, args, comm), comm, device)
+    start_together(training, args, comm, device)
     if comm.rank == 0:
         batch = f"{comm.size} x {args.images_per_process} = {comm.size * args.images_per_process} images a step"
         print(f"{type(comm).__name__} on {device}, {args.dtype}, --norm {args.norm}: {batch}")

@@ -77,15 +77,9 @@ def test_a_checkpoint_that_does_not_match_is_refused_by_every_rank(launch, tmp_p
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_resuming_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    job = run_job([sys.executable, DETECTOR, "--resume", "--output", str(tmp_path), *QUICK], seconds=60)
-    assert job.returncode != 0
-    assert "checkpoint" in job.stdout
-
-
 def test_a_killed_run_leaves_a_good_checkpoint(tmp_path: Path) -> None:
     """Killed while it writes a checkpoint at every step."""
-    options = ("--images-per-process", "2", "--eval-every", "1", "--test-canvases", "1", "--output", str(tmp_path))
+    options = ("--checkpoint-every", "1", "--test-canvases", "1", "--output", str(tmp_path))
     job = start_job([sys.executable, DETECTOR, *options, "--steps", "2000"])
     checkpoint = tmp_path / "checkpoint.pt"
     deadline = time.monotonic() + 60

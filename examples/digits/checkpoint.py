@@ -1,5 +1,6 @@
 """Files that are whole or absent, whenever the process is killed."""
 
+import fcntl
 import json
 import os
 import pickle
@@ -20,6 +21,19 @@ def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     os.replace(beside, path)
 
 
+def lock(path: Path) -> None:
+    """Claim `path` until this process ends, however it ends, or raise ValueError with the remedy.
+
+    Two jobs would mix their files: torchrun, killed by SIGKILL, leaves its ranks behind, which train on.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)  # never closed: the lock goes with it
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another job writes to {path.parent}: end it, or give another --output") from None
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     _write_atomically(path, lambda file: torch.save(state, file))
 
@@ -33,9 +47,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"there is no {path} to resume: check --output, or start afresh without --resume") from None
+        raise ValueError(f"there is no {path}: train into that folder first") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): start afresh without --resume") from error
+        raise ValueError(f"{path} cannot be read ({error}): remove it, and train anew") from error
     return dict(state)
 
 

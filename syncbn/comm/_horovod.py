@@ -116,7 +116,7 @@ class Horovod(Carrying):
                 comm.state, comm._reason = "broken", reason
 
     def _release(self) -> None:
-        if self._started and _hvd().is_initialized():
+        if self._started and self.exists():  # else Horovod was started again, by hvd.elastic for one
             _hvd().shutdown()
             _process_sets.clear()
 
