@@ -108,7 +108,7 @@ class Peerless:
 
     rank, size = 0, 2
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor, place: object = None) -> Tensor:
         return x
 
 

@@ -9,13 +9,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import TIGHT, Recording, Twin, Unreachable, assert_tensor_close, on_rows, random_batch, randomized
+from reference import TIGHT, Recording, Unreachable, assert_tensor_close, on_rows, random_batch, randomized
 from test_tracing import Watching
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
-from syncbn.comm import run_threads
+from syncbn.comm import SingleProcess, run_threads
 from syncbn.errors import DTypeError, InputError
 from syncbn.functional import sync_batch_norm
 from syncbn.kernels import composed_only
@@ -99,7 +99,7 @@ def test_eval_is_the_same_one_by_one(activation, grad):
 
 
 def test_collectives_are_those_without():
-    recording = Recording(Twin())
+    recording = Recording(SingleProcess())
     layer = SyncBatchNorm(4, process_group=recording, activation="silu")
     x = torch.randn(3, 4, 5, requires_grad=True)
     layer(x, x).sum().backward()
@@ -109,7 +109,7 @@ def test_collectives_are_those_without():
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_what_needs_no_gradient_gets_none(needs, activation):
-    recording = Recording(Twin())
+    recording = Recording(SingleProcess())
     layer = randomized(SyncBatchNorm(4, process_group=recording, activation=activation))
     plain = randomized(nn.BatchNorm1d(4))
     x, residual, g = (torch.randn(3, 4, 5) for _ in range(3))

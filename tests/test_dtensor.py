@@ -26,12 +26,12 @@ def recorded():
     """Yield a list of (numbers, ranks), one pair for each all-reduce; without what the first one needs to be set up."""
     calls, all_reduce, inside = [], BaseCommunicator.all_reduce, threading.local()
 
-    def recording(self, x):
+    def recording(self, x, *place):
         nested, inside.it = getattr(inside, "it", False), True
         if not nested:
             calls.append((x.numel(), self.size))
         try:
-            return all_reduce(self, x)
+            return all_reduce(self, x, *place)
         finally:
             inside.it = nested
 

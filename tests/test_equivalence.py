@@ -148,15 +148,15 @@ class AveragesInstead(_Mistaken):
 
 
 class DeafInBackward(_Mistaken):
-    """The right forward; dx with this replica's sums only. An odd length is 2C+1, the forward."""
+    """The right forward; dx with this replica's sums only. An even length is 2C+1 and 3 of signature, the forward."""
 
     def all_reduce(self, x):
-        return self.comm.all_reduce(x) if x.numel() % 2 else x
+        return x if x.numel() % 2 else self.comm.all_reduce(x)
 
 
 class DoublesInBackward(_Mistaken):
     def all_reduce(self, x):
-        return self.comm.all_reduce(x if x.numel() % 2 else 2 * x)
+        return self.comm.all_reduce(2 * x if x.numel() % 2 else x)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 import vision
 from modules import COPIES, snapshot
-from reference import Recording, Twin, Unreachable, assert_tensor_close, random_batch, randomized, step
+from reference import Recording, Unreachable, assert_tensor_close, random_batch, randomized, step
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm, fuse_activations, revert_sync_batchnorm, together
-from syncbn.comm import run_threads
+from syncbn.comm import SingleProcess, run_threads
 from syncbn.errors import ConversionError
 
 SHAPE = (2, 3, 4, 4)
@@ -192,7 +192,7 @@ def test_exported(kind) -> None:
 
 @pytest.mark.parametrize("kind", [BySuper, ByFunction])
 def test_one_collective_each_way(kind) -> None:
-    comm = Recording(Twin())
+    comm = Recording(SingleProcess())
     layer = convert_sync_batchnorm(made(kind), comm)
     x = torch.randn(SHAPE, dtype=torch.float64)
     step(layer, x, x)

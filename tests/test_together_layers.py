@@ -16,7 +16,6 @@ import vision
 from reference import (
     WORLDS,
     Recording,
-    Twin,
     Unreachable,
     assert_close,
     assert_tensor_close,
@@ -309,7 +308,7 @@ def test_groups_share_what_is_theirs():
     """In a block each group has collectives of its own, when it needs them."""
 
     def train(comm):
-        other = Recording(Twin())
+        other = Recording(SingleProcess())
         a, b, c = (SyncBatchNorm(3, process_group=group) for group in (comm, other, comm))
         x = torch.randn(4, 3)
         with together():
