@@ -43,6 +43,7 @@ class Recording(SingleProcess):
     """Counts the bytes of each collective."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.bytes: list[int] = []
 
     def all_reduce(self, x: Tensor, place: object = None) -> Tensor:
