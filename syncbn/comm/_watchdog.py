@@ -1,0 +1,276 @@
+"""The watchdog: says where every rank is when one waits too long, and ends a wait that cannot end well.
+
+A thread in each process writes once a second where the process is, on a board that all ranks read (`_board`), and looks
+at its communicators. While no sum takes longer than a second that is all: no rank reads. It sees Python: what NCCL's
+kernels wait for, torch's flight recorder knows (TORCH_NCCL_TRACE_BUFFER_SIZE=2000, TORCH_NCCL_DUMP_ON_TIMEOUT=1), and
+which tensors Horovod's ranks have not handed in, its stall inspector (HOROVOD_STALL_CHECK_TIME_SECONDS).
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import sys
+import threading
+import time
+import weakref
+from datetime import timedelta
+
+from syncbn.errors import InputError, MismatchError
+
+from . import _board, _protocol, _verdict
+from ._board import Board
+from ._distributed import TorchDistributed
+from ._protocol import BaseCommunicator
+from ._whereabouts import Sums, Whereabouts, fate, identity
+
+_VARIABLE = "SYNCBN_WATCHDOG"
+_DEFAULT = 60.0
+_PERIOD = 1.0  # seconds between two looks
+_SILENT = 2.5 * _PERIOD  # a rank that has not written for so long does not run
+_LINES = 32  # of a table
+_OFF = timedelta(0)
+
+
+def threshold(given: timedelta | None, timeout: timedelta) -> float:
+    """Return after how many seconds of waiting a rank says so; 0: never, no watchdog.
+
+    Args:
+        given: by `syncbn.init(watchdog=)`; None leaves it to SYNCBN_WATCHDOG, in seconds, and else to the default,
+            60 s, or half of a `timeout` below that.
+        timeout: when a wait ends as an error.
+
+    Raises:
+        InputError: the threshold is no number of seconds, negative, or not below the timeout.
+    """
+    limit = timeout.total_seconds()
+    text = os.environ.get(_VARIABLE, "")
+    if given is None and not text:
+        return _DEFAULT if limit > _DEFAULT else limit / 2
+    what = f"{_VARIABLE}={text}" if given is None else f"init(watchdog={given!r})"
+    try:
+        seconds = float(text) if given is None else given.total_seconds()
+    except ValueError:
+        raise InputError(f"{what}: expected a number of seconds, 0 for no watchdog") from None
+    if not 0 <= seconds < limit:
+        raise InputError(
+            f"{what}: expected 0, for no watchdog, or less than the timeout of {limit:g} s, which ends a wait as an "
+            "error: give a shorter one, or init(timeout=) a longer"
+        )
+    return seconds
+
+
+class Watchdog(threading.Thread):
+    """Looks at this process's communicators once a second, until `comm`, its world, is closed.
+
+    Args:
+        comm: the world.
+        board: of its ranks.
+        seconds: `threshold`.
+    """
+
+    def __init__(self, comm: BaseCommunicator, board: Board, seconds: float) -> None:
+        super().__init__(name="syncbn watchdog", daemon=True)
+        self._comm = weakref.ref(comm)
+        self.board = board
+        self._threshold = seconds
+        self._sums = Sums()
+        self._ended = threading.Event()
+        self._beats = itertools.count()
+        self._next = seconds  # when to say something
+        self._last_table = ""  # at the start of the wait
+        self._before = self._nothing = [
+            Whereabouts()
+        ] * board.size  # what the ranks had written a look ago, while this one waits
+        self._write()
+
+    def run(self) -> None:
+        """Look, until the world or the process ends."""
+        while not self._ended.wait(_PERIOD):
+            comm = self._comm()
+            if comm is None or comm.state == "closed":
+                return
+            del comm
+            self._sums.look()
+            self._write()
+            waits = self._sums.waiting
+            if waits is not None and waits.state == "open":
+                self._wait(waits, self._sums.ticks)
+        self._write(ended=_ending())
+
+    def end(self) -> None:
+        """Write that this process ends."""
+        self._ended.set()
+        self.join(_PERIOD)
+
+    def _write(self, **more: str) -> None:
+        self.board.write({**identity(), **self._sums.tell(), "beat": next(self._beats), **more})
+
+    def _wait(self, comm: BaseCommunicator, ticks: int) -> None:
+        """This rank has waited in one sum of `comm` for so many looks."""
+        if ticks == 1:
+            self._next, self._before = self._threshold, self._nothing
+            self._last_table = self.board.last_table()
+        if comm.members is not None and ticks % max(1, self.board.size // 64) == 0:
+            now = self.board.read()
+            comm.verdict = judge([now[rank] for rank in comm.members], [self._before[rank] for rank in comm.members])
+            self._before = now
+        if ticks * _PERIOD >= self._next:
+            self._next *= 2
+            self._say(comm, f"{ticks * _PERIOD:g}")
+
+    def _say(self, comm: BaseCommunicator, seconds: str) -> None:
+        _print(f"in {comm.call}: rank {self.board.rank} of {self.board.size} has waited {seconds} s")
+        first = self.board.claim_table(self._last_table)
+        self._last_table = self.board.last_table()
+        if first:
+            threading.Thread(target=self._print_table, name="syncbn table", daemon=True).start()
+
+    def _print_table(self) -> None:
+        _print("\n  ".join(["where every rank is", *self._lines(self.board.read(), wait=True)]))
+
+    def culprits(self) -> str:
+        """Return what is known of ranks that do not wait, for an error; within about three seconds."""
+        told = self.board.read()
+        known = any("ended" in rank or fate(rank) in ("gone", "stopped") for rank in told if rank)
+        return "".join(f"\n  {line}" for line in self._lines(told, wait=not known, all_of_them=False))
+
+    def _lines(self, told: list[Whereabouts], *, wait: bool, all_of_them: bool = True) -> list[str]:
+        """Return lines about the ranks; to `wait` tells who does not write any more."""
+        later = told
+        if wait and not self.board.lost:
+            time.sleep(_SILENT)
+            later = self.board.read()
+        if self.board.lost:
+            return [self.board.lost]
+        silent = [wait and now.get("beat") == then.get("beat") for then, now in zip(told, later, strict=True)]
+        return describe(later, silent, all_of_them=all_of_them)
+
+
+def describe(told: list[Whereabouts], silent: list[bool], *, all_of_them: bool = True) -> list[str]:
+    """Return a line for each rank, those that wait in the same sum together; or only of those that do not wait.
+
+    Args:
+        told: what each rank wrote.
+        silent: whether it has stopped to write.
+        all_of_them: also ranks that wait, unless they are all that there is.
+    """
+    waiting: dict[str, list[int]] = {}
+    others = []
+    for rank, where in enumerate(told):
+        state = _state(where, silent[rank])
+        if state:
+            others.append(f"rank {_name(rank, where)} {state}")
+        else:
+            what = "waiting in" if where["open"] else "gave up waiting in"
+            waiting.setdefault(f"{what} {_verdict.line(where['row'])} ({where['line']})", []).append(rank)
+    together = [f"{_verdict.named(ranks)}: {line}" for line, ranks in waiting.items()]
+    lines = [*others, *together] if all_of_them or not others else others
+    return lines[:_LINES] + [f"... ({len(lines)} lines in all)"] * (len(lines) > _LINES)
+
+
+def _name(rank: int, where: Whereabouts) -> str:
+    return f"{rank} ({where['host']}, pid {where['pid']})" if where else str(rank)
+
+
+def _state(where: Whereabouts, silent: bool) -> str:
+    """Say what a rank does; "" if it waits."""
+    if not where:
+        return "has not started its watchdog: it did not call syncbn.init"
+    if where["row"] and not where["open"]:
+        return ""  # it has waited
+    if "ended" in where:
+        return str(where["ended"])
+    known = fate(where)
+    if known == "gone":
+        return f"is gone: killed, or ended by os._exit; last seen {_doing(where)}"
+    if known == "stopped":
+        return f"is stopped (SIGSTOP, a debugger); last seen {_doing(where)}"
+    if silent and known == "alive":
+        return f"runs, but its Python does not: native code holds the interpreter's lock; last seen {_doing(where)}"
+    if silent:
+        return f"does not answer: gone, stopped, or cut off; last seen {_doing(where)}"
+    return "" if where["row"] else f"is {_doing(where)}"
+
+
+def _doing(where: Whereabouts) -> str:
+    if where["row"]:
+        return f"in {_verdict.line(where['row'])}"
+    return f"in other code: {where['line']}; its last sum: {where['last'] or 'none'}"
+
+
+def judge(told: list[Whereabouts], before: list[Whereabouts]) -> Exception | None:
+    """Return why the sum that these ranks were to make cannot come about, if that is so.
+
+    Args:
+        told: what each of them wrote.
+        before: what it had written at the look before.
+    """
+    for rank, where in enumerate(told):
+        if where and ("ended" in where or fate(where) == "gone"):
+            return RuntimeError(f"rank {_name(rank, where)} will not call any more")
+    rows = [where.get("row") or [] for where in told]
+    same = all(
+        now.get("row") == then.get("row") and now.get("members") == then.get("members") == told[0].get("members")
+        for now, then in zip(told, before, strict=True)
+    )
+    alive = all(now.get("beat") != then.get("beat") for now, then in zip(told, before, strict=True))
+    if same and alive and all(rows) and any(row != rows[0] for row in rows):
+        return MismatchError(_verdict.table(rows))
+    return None
+
+
+def _ending() -> str:
+    error = getattr(sys, "last_value", None)  # of the exception that ended the script
+    return "has come to its end, or sys.exit" if error is None else f"has ended with {type(error).__name__}: {error}"
+
+
+def _print(text: str) -> None:
+    sys.stderr.write(f"syncbn watchdog: {text}\n")  # in one piece
+    sys.stderr.flush()
+
+
+_running: Watchdog | None = None
+_numbers = itertools.count()
+
+
+def start(comm: BaseCommunicator, seconds: float) -> None:
+    """Start the watchdog of the world `comm`, on each of its ranks; does nothing where one runs, or is not wanted.
+
+    Raises:
+        LaunchError: the board cannot be reached; on every rank.
+    """
+    global _running
+    if seconds == 0 or comm.size == 1 or (_running is not None and _running.is_alive() and _running._comm() is comm):
+        return
+    if isinstance(comm, TorchDistributed):
+        board = _board.of_torch(comm.rank, comm.size, next(_numbers))
+    else:
+        board = _board.served(comm)
+    if board is None:
+        return
+    _running = Watchdog(comm, board, seconds)
+    _running.start()
+
+
+def _witness() -> str:
+    return _running.culprits() if _running is not None else ""
+
+
+def _at_exit() -> None:
+    if _running is not None and _running.is_alive():
+        _running.end()
+
+
+def _in_child() -> None:
+    global _running
+    if _running is not None:
+        _left_to_the_parent.append(_running)  # its store's threads are not here to be joined
+    _running = None
+
+
+_left_to_the_parent: list[Watchdog] = []
+_protocol.witnesses.append(_witness)
+atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_in_child)
