@@ -139,7 +139,8 @@ def served(comm: BaseCommunicator) -> Board:
     if store is None or ranks:
         where = f"{' or '.join(told['addresses'])}, port {told['port']}" if told else "no address"
         raise LaunchError(
-            f"{named(ranks)} of {comm.size} cannot reach the watchdog's store, which rank 0 serves at {where}: let the hosts of the job connect to one another, or do without: SYNCBN_WATCHDOG=0, or "
+            f"{named(ranks)} of {comm.size} cannot reach the watchdog's store, which rank 0 serves at {where}: let the "
+            "hosts of the job connect to one another, or do without: SYNCBN_WATCHDOG=0, or "
             "syncbn.init(watchdog=timedelta(0))"
         )
     return Board(store, comm.rank, comm.size, told["server"])

@@ -37,6 +37,7 @@ for step in range(3):
     for number, layer in enumerate(model):
         faulty = comm.rank == bad and step == 1 and number == 1
         if faulty:
+            print(f"fault at {time.time()}", flush=True)
             FAULTS[fault]()
         if not (faulty and fault == "skip"):
             x = layer(x)
