@@ -131,6 +131,9 @@ def test_only_the_same_call_at_two_looks_is_a_wait() -> None:
         sums.look()
         seen.append(sums.ticks if sums.waiting is comm else None)
     assert seen == [None, 1, 2, None, None, 1]
+    comm.ask(4)
+    assert sums.tell()["row"][1] == "4"  # but others are told of the call as it is
+    comm.ask(3)
     told = sums.tell()
     assert told["row"] == ["layer 'a', forward", "3", "", "9 x float32"]
     assert told["last"] == "layer 'a', forward, call 2"
@@ -194,7 +197,7 @@ def test_a_rank_that_has_ended_ends_the_wait() -> None:
 
 def test_the_table() -> None:
     told = [written(2, 1), written(2, None), written(2, 1), {}, written(2, 1, ended="has ended with OSError: disk")]
-    lines = describe(told, [False] * 5)
+    lines = describe(told, [False] * 5, range(5))
     name = f"({socket.gethostname()}, pid {os.getpid()})"
     assert lines == [
         f"rank 1 {name} is in other code: a.py:1 in f; its last sum: none",
@@ -202,13 +205,15 @@ def test_the_table() -> None:
         f"rank 4 {name} has ended with OSError: disk",
         "ranks 0, 2: waiting in layer '1', forward, call 8 (4 channels; 9 x float64) (a.py:1 in f)",
     ]
-    assert describe(told, [False] * 5, all_of_them=False) == lines[:3]
-    assert describe(told[::2][:1], [False], all_of_them=False) == [lines[3].replace("ranks 0, 2", "rank 0")]
-    silent = describe([written(2, 1), written(2, 1, host="far", last="b")], [True, True])
+    assert describe(told, [False] * 5, [2, 3]) == [lines[1], lines[3].replace("ranks 0, 2", "rank 2")]
+    assert describe([written(2, 1, open=False)], [False], [0]) == [
+        "rank 0: gave up waiting in layer '1', forward, call 8 (4 channels; 9 x float64) (a.py:1 in f)"
+    ]
+    silent = describe([written(2, 1), written(2, 1, host="far", last="b")], [True, True], range(2))
     assert "runs, but its Python does not" in silent[0]
     assert "rank 1 (far, " in silent[1]
     assert "does not answer: gone, stopped, or cut off" in silent[1]
-    assert len(describe([written(2, None)] * 100, [False] * 100)) == 33
+    assert len(describe([written(2, None)] * 100, [False] * 100, range(100))) == 33
 
 
 # ---- the board
@@ -275,7 +280,7 @@ def test_on_one_host_no_other_can_connect() -> None:
 
 @pytest.mark.parametrize("broken", ["_connect", "_serve"])
 def test_a_store_that_cannot_be_reached_is_an_error_on_every_rank(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    cannot = {"_connect": lambda told: None, "_serve": lambda addresses, size: (None, {})}
+    cannot = {"_connect": lambda told: (None, None), "_serve": lambda addresses, size: (None, {})}
     monkeypatch.setattr(_board, broken, cannot[broken])
 
     def rank(comm):
@@ -301,7 +306,10 @@ def watched(rank: int, size: int, port: int, seconds: float = 2.0):
     dog.start()
     with contextlib.redirect_stderr(said):
         yield comm, said
-        comm.all_reduce(torch.zeros(1))  # who prints the table may be at it
+        for thread in threading.enumerate():
+            if thread.name == "syncbn table":
+                thread.join(20)
+        comm.all_reduce(torch.zeros(1))
     dog.end()
 
 

@@ -25,7 +25,7 @@ from ._verdict import named
 from ._whereabouts import Whereabouts, fate, identity
 
 T = TypeVar("T")
-_SECONDS = 3.0  # for an answer
+_SECONDS = 5.0  # for an answer
 _torch: Any = dist  # has no types for its stores
 
 
@@ -40,19 +40,24 @@ class Board:
         rank: of this process.
         size: number of ranks.
         server: who serves the store.
+        line: a connection to it that nobody writes to, closed with it; None where this process serves. Of a store that
+            is gone, torch prints a stack trace at each request.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, server: Whereabouts) -> None:
+    def __init__(
+        self, store: Any, rank: int, size: int, server: Whereabouts, line: socket.socket | None = None
+    ) -> None:
         self.rank, self.size = rank, size
         self.lost = ""
         self._store = store
         self._server = server
+        self._line = line
         self._written: set[int] = set()  # ranks that have written
         self._ask(lambda: store.compare_set("table", "", "0"))
 
     def write(self, told: Whereabouts) -> None:
         """Write where this rank is."""
-        if not self.lost:
+        if self._is_there():
             try:
                 self._store.set(f"rank {self.rank}", json.dumps(told))
             except RuntimeError as error:
@@ -90,13 +95,24 @@ class Board:
             except RuntimeError as error:
                 self._lose(str(error))
 
-        if not self.lost:
+        if self._is_there():
             thread = threading.Thread(target=ask, name="syncbn question", daemon=True)
             thread.start()
             thread.join(_SECONDS)
             if not answers:
                 self._lose(f"no answer within {_SECONDS:g} s")
         return answers[0] if answers else None
+
+    def _is_there(self) -> bool:
+        if self._line is not None and not self.lost:
+            try:
+                self._line.recv(1)
+            except BlockingIOError:  # nothing has happened: nobody sends anything
+                return True
+            except OSError:
+                pass
+            self._lose("it has closed its connections")
+        return not self.lost
 
     def _lose(self, reason: str) -> None:
         if not self.lost:
@@ -117,7 +133,8 @@ def of_torch(rank: int, size: int, number: int) -> Board | None:
     store = _torch.PrefixStore(f"syncbn watchdog {number}", world)
     server = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
     # A connection of its own: on torch's, it waits while torch waits. Older ones cannot have another.
-    return Board(store.clone() if hasattr(store, "clone") else store, rank, size, {"name": server})
+    store = store.clone() if hasattr(store, "clone") else store
+    return Board(store, rank, size, {"name": server}, _line_to(beneath.host, beneath.port))
 
 
 def served(comm: BaseCommunicator) -> Board:
@@ -129,10 +146,12 @@ def served(comm: BaseCommunicator) -> Board:
         LaunchError: a rank cannot reach it.
     """
     alone = len(hosts(comm)) == 1
-    store, told = _serve(["127.0.0.1"] if alone else _addresses(), comm.size) if comm.rank == 0 else (None, {})
+    store, line, told = None, None, Whereabouts()
+    if comm.rank == 0:
+        store, told = _serve(["127.0.0.1"] if alone else _addresses(), comm.size)
     told = json.loads(_tell(comm, json.dumps(told)))
     if comm.rank > 0:
-        store = _connect(told)
+        store, line = _connect(told)
     failed = torch.zeros(comm.size, dtype=torch.float64, device="cpu")
     failed[comm.rank] = store is None
     ranks = [rank for rank, no in enumerate(comm.all_reduce(failed, _PLACE).tolist()) if no]
@@ -143,7 +162,7 @@ def served(comm: BaseCommunicator) -> Board:
             "hosts of the job connect to one another, or do without: SYNCBN_WATCHDOG=0, or "
             "syncbn.init(watchdog=timedelta(0))"
         )
-    return Board(store, comm.rank, comm.size, told["server"])
+    return Board(store, comm.rank, comm.size, told["server"], line)
 
 
 _PLACE = place("watchdog")
@@ -179,17 +198,28 @@ def _serve(addresses: Sequence[str], size: int) -> tuple[Any, Whereabouts]:
 _LIMIT = {"timeout": timedelta(seconds=_SECONDS)}
 
 
-def _connect(told: Whereabouts) -> Any:
-    """Return the store that `told` describes, or None."""
+def _connect(told: Whereabouts) -> tuple[Any, socket.socket | None]:
+    """Return the store that `told` describes, and a line to it; or None, None."""
     for address in told.get("addresses", ()):
+        line = _line_to(address, told["port"])
+        if line is None:
+            continue
         try:
-            socket.create_connection((address, told["port"]), timeout=_SECONDS).close()
             store = _torch.TCPStore(address, told["port"], is_master=False, wait_for_workers=False, **_LIMIT)
             if store.check([told["secret"]]):  # an address such as Docker's may be another host's, too
-                return store
-        except (OSError, RuntimeError):
-            continue
-    return None
+                return store, line
+        except RuntimeError:
+            line.close()
+    return None, None
+
+
+def _line_to(address: str, port: int) -> socket.socket | None:
+    try:
+        line = socket.create_connection((address, port), timeout=_SECONDS)
+    except OSError:
+        return None
+    line.setblocking(False)
+    return line
 
 
 def _addresses() -> list[str]:

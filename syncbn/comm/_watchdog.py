@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from datetime import timedelta
 
 from syncbn.errors import InputError, MismatchError
@@ -94,9 +95,8 @@ class Watchdog(threading.Thread):
             del comm
             self._sums.look()
             self._write()
-            waits = self._sums.waiting
-            if waits is not None and waits.state == "open":
-                self._wait(waits, self._sums.ticks)
+            if self._sums.waiting is not None:
+                self._wait(self._sums.waiting, self._sums.ticks)
         self._write(ended=_ending())
 
     def end(self) -> None:
@@ -128,45 +128,47 @@ class Watchdog(threading.Thread):
             threading.Thread(target=self._print_table, name="syncbn table", daemon=True).start()
 
     def _print_table(self) -> None:
-        _print("\n  ".join(["where every rank is", *self._lines(self.board.read(), wait=True)]))
+        told, silent = self._listen()
+        lines = [self.board.lost] if self.board.lost else describe(told, silent, range(len(told)))
+        _print("\n  ".join(["where every rank is", *lines]))
 
     def culprits(self) -> str:
         """Return what is known of ranks that do not wait, for an error; within about three seconds."""
         told = self.board.read()
-        known = any("ended" in rank or fate(rank) in ("gone", "stopped") for rank in told if rank)
-        return "".join(f"\n  {line}" for line in self._lines(told, wait=not known, all_of_them=False))
+        silent = [False] * len(told)
+        ranks = [rank for rank, where in enumerate(told) if where and _is_lost(where)]
+        if not ranks and not self.board.lost:
+            told, silent = self._listen()
+            ranks = [rank for rank in range(len(told)) if rank != self.board.rank]
+        lines = [self.board.lost] if self.board.lost else describe(told, silent, ranks)
+        return "".join(f"\n  {line}" for line in lines)
 
-    def _lines(self, told: list[Whereabouts], *, wait: bool, all_of_them: bool = True) -> list[str]:
-        """Return lines about the ranks; to `wait` tells who does not write any more."""
-        later = told
-        if wait and not self.board.lost:
-            time.sleep(_SILENT)
-            later = self.board.read()
-        if self.board.lost:
-            return [self.board.lost]
-        silent = [wait and now.get("beat") == then.get("beat") for then, now in zip(told, later, strict=True)]
-        return describe(later, silent, all_of_them=all_of_them)
+    def _listen(self) -> tuple[list[Whereabouts], list[bool]]:
+        """Return what each rank wrote, and whether it has stopped to; takes `_SILENT` seconds."""
+        before = self.board.read()
+        time.sleep(_SILENT)
+        told = self.board.read()
+        return told, [then.get("beat") == now.get("beat") for then, now in zip(before, told, strict=True)]
 
 
-def describe(told: list[Whereabouts], silent: list[bool], *, all_of_them: bool = True) -> list[str]:
-    """Return a line for each rank, those that wait in the same sum together; or only of those that do not wait.
+def describe(told: list[Whereabouts], silent: list[bool], ranks: Sequence[int]) -> list[str]:
+    """Return a line for each of the `ranks`, those that wait in the same sum together.
 
     Args:
-        told: what each rank wrote.
-        silent: whether it has stopped to write.
-        all_of_them: also ranks that wait, unless they are all that there is.
+        told: what each rank of the world wrote.
+        silent: whether it has stopped to.
+        ranks: which to describe.
     """
     waiting: dict[str, list[int]] = {}
-    others = []
-    for rank, where in enumerate(told):
-        state = _state(where, silent[rank])
-        if state:
-            others.append(f"rank {_name(rank, where)} {state}")
+    lines = []
+    for rank in ranks:
+        where = told[rank]
+        if state := _state(where, silent[rank]):
+            lines.append(f"rank {_name(rank, where)} {state}")
         else:
             what = "waiting in" if where["open"] else "gave up waiting in"
             waiting.setdefault(f"{what} {_verdict.line(where['row'])} ({where['line']})", []).append(rank)
-    together = [f"{_verdict.named(ranks)}: {line}" for line, ranks in waiting.items()]
-    lines = [*others, *together] if all_of_them or not others else others
+    lines += [f"{_verdict.named(together)}: {line}" for line, together in waiting.items()]
     return lines[:_LINES] + [f"... ({len(lines)} lines in all)"] * (len(lines) > _LINES)
 
 
@@ -192,6 +194,10 @@ def _state(where: Whereabouts, silent: bool) -> str:
     if silent:
         return f"does not answer: gone, stopped, or cut off; last seen {_doing(where)}"
     return "" if where["row"] else f"is {_doing(where)}"
+
+
+def _is_lost(where: Whereabouts) -> bool:
+    return bool(not where["row"] or where["open"]) and ("ended" in where or fate(where) in ("gone", "stopped"))
 
 
 def _doing(where: Whereabouts) -> str:

@@ -47,7 +47,8 @@ class Sums:
     """The sums of this process as seen from tick to tick: what it waits for, and the last that it made."""
 
     def __init__(self) -> None:
-        self.waiting: BaseCommunicator | None = None  # in the call of the tick before; or it gave that up
+        self.waiting: BaseCommunicator | None = None  # open, and in the call of the tick before
+        self._current: BaseCommunicator | None = None  # in a call, or it gave that up
         self.ticks = 0  # for how many; not a time: who was stopped meanwhile has not waited
         self._call: Call | None = None
         self._last = ""
@@ -56,28 +57,30 @@ class Sums:
     def look(self) -> None:
         """Look at every communicator."""
         before, self._seen = self._seen, {}
-        stuck: dict[str, BaseCommunicator] = {}  # by state
+        current: dict[bool, BaseCommunicator] = {}  # by whether its call is that of the tick before
         for reference in by_key.valuerefs():  # by one operation: other threads make communicators
             comm = reference()
-            if comm is None:
+            if comm is None or comm.state == "closed":
                 continue
             call, last = self._seen[comm.key] = comm.call, comm.last
             waited_for, made = before.get(comm.key, (None, None))
             if last is not made:
                 self._last = str(last)
-            if call is not None and call is waited_for:
-                stuck.setdefault(comm.state, comm)  # the outermost: it was made before those that it uses
-        self.waiting = stuck.get("open") or stuck.get("broken")
+            if call is not None:  # the outermost: it was made before those that it uses
+                current.setdefault(call is waited_for and comm.state == "open", comm)
+        self.waiting = current.get(True)
+        self._current = self.waiting or current.get(False)
         call = None if self.waiting is None else self._seen[self.waiting.key][0]
         self.ticks = self.ticks + 1 if call is self._call else 1
         self._call = call
 
     def tell(self) -> Whereabouts:
-        """Return what other ranks ask for."""
+        """Return what other ranks ask for: the sum that this one is in, or the line that it is at."""
         told: Whereabouts = {"last": self._last, "row": None}
-        comm = self.waiting
-        if comm is not None and comm.call is not None and comm.vector is not None:
-            told["row"] = _verdict.row(comm.call, comm.vector)
+        comm = self._current
+        call, vector = (None, None) if comm is None else (comm.call, comm.vector)
+        if comm is not None and call is not None and vector is not None:
+            told["row"] = _verdict.row(call, vector)
             told["open"] = comm.state == "open"
             told["members"] = None if comm.members is None else list(comm.members)
         told["line"] = line(of_libraries=told["row"] is None)
