@@ -265,7 +265,10 @@ def test_a_board_that_rank_0_serves() -> None:
     def rank(comm):
         board = served(comm)
         board.write({"beat": comm.rank})
-        return within(5, lambda: len(list(filter(None, board.read()))), 3)
+        seen = within(5, lambda: len(list(filter(None, board.read()))), 3)
+        comm.all_reduce(torch.zeros(1))  # rank 0's store ends with it
+        board.close()
+        return seen
 
     assert run_threads(3, rank) == [3, 3, 3]
 

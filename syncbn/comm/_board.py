@@ -86,6 +86,12 @@ class Board:
         mine = f"{secrets.token_hex(4)} by rank {self.rank}"
         return (self._ask(lambda: self._store.compare_set("table", last, mine)) or mine.encode()) == mine.encode()
 
+    def close(self) -> None:
+        """Use the board no more."""
+        self.lost = self.lost or "the watchdog has ended"
+        if self._line is not None:
+            self._line.close()
+
     def _ask(self, question: Callable[[], T]) -> T | None:
         answers: list[T] = []
 

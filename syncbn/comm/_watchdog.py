@@ -91,13 +91,15 @@ class Watchdog(threading.Thread):
         while not self._ended.wait(_PERIOD):
             comm = self._comm()
             if comm is None or comm.state == "closed":
-                return
+                break
             del comm
             self._sums.look()
             self._write()
             if self._sums.waiting is not None:
                 self._wait(self._sums.waiting, self._sums.ticks)
-        self._write(ended=_ending())
+        else:
+            self._write(ended=_ending())
+        self.board.close()
 
     def end(self) -> None:
         """Write that this process ends."""
