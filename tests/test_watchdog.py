@@ -313,7 +313,7 @@ def watched(rank: int, size: int, port: int, seconds: float = 2.0):
             if thread.name == "syncbn table":
                 thread.join(20)
         comm.all_reduce(torch.zeros(1))
-    dog.end()
+    dog.end("has ended")
 
 
 def elsewhere(fault: str) -> None:

@@ -182,6 +182,8 @@ class BaseCommunicator(ABC):
         """Close, for `reason`; does nothing where that has happened."""
         if self.state == "closed":
             return
+        for tell in on_end:
+            tell(self)
         if self._reason != FORKED:  # what the parent holds is not the child's to release
             self._release()
         self.state, self._reason = "closed", reason
@@ -219,6 +221,7 @@ FORKED = "this process was forked from the one that made the communicator, and a
 log = logging.getLogger("syncbn")
 by_key: weakref.WeakValueDictionary[str, BaseCommunicator] = weakref.WeakValueDictionary()
 witnesses: list[Callable[[], str]] = []  # asked where a peer is lost, for what they know of the others
+on_end: list[Callable[[BaseCommunicator], None]] = []  # called with a communicator that is about to close
 _numbers = itertools.count()
 
 

@@ -63,7 +63,7 @@ def threshold(given: timedelta | None, timeout: timedelta) -> float:
 
 
 class Watchdog(threading.Thread):
-    """Looks at this process's communicators once a second, until `comm`, its world, is closed.
+    """Looks at this process's communicators once a second, until `comm`, its world, is about to close.
 
     Args:
         comm: the world.
@@ -78,6 +78,7 @@ class Watchdog(threading.Thread):
         self._threshold = seconds
         self._sums = Sums()
         self._ended = threading.Event()
+        self._last_words = ""
         self._beats = itertools.count()
         self._next = seconds  # when to say something
         self._last_table = ""  # at the start of the wait
@@ -89,22 +90,23 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         """Look, until the world or the process ends."""
         while not self._ended.wait(_PERIOD):
-            comm = self._comm()
-            if comm is None or comm.state == "closed":
-                break
-            del comm
             self._sums.look()
             self._write()
             if self._sums.waiting is not None:
                 self._wait(self._sums.waiting, self._sums.ticks)
-        else:
-            self._write(ended=_ending())
+        self._write(ended=self._last_words)
         self.board.close()
 
-    def end(self) -> None:
-        """Write that this process ends."""
+    def watches(self, comm: BaseCommunicator) -> bool:
+        """Tell whether it looks on for the world `comm`."""
+        return self.is_alive() and self._comm() is comm
+
+    def end(self, words: str) -> None:
+        """End; the other ranks read these `words`."""
+        self._last_words = words
         self._ended.set()
-        self.join(_PERIOD)
+        if threading.current_thread() is not self:
+            self.join(_PERIOD)
 
     def _write(self, **more: str) -> None:
         self.board.write({**identity(), **self._sums.tell(), "beat": next(self._beats), **more})
@@ -250,25 +252,31 @@ def start(comm: BaseCommunicator, seconds: float) -> None:
         LaunchError: the board cannot be reached; on every rank.
     """
     global _running
-    if seconds == 0 or comm.size == 1 or (_running is not None and _running.is_alive() and _running._comm() is comm):
+    if seconds == 0 or comm.size == 1 or (_running is not None and _running.watches(comm)):
         return
     if isinstance(comm, TorchDistributed):
         board = _board.of_torch(comm.rank, comm.size, next(_numbers))
     else:
         board = _board.served(comm)
-    if board is None:
-        return
-    _running = Watchdog(comm, board, seconds)
-    _running.start()
+    if board is not None:
+        _running = Watchdog(comm, board, seconds)
+        _running.start()
 
 
 def _witness() -> str:
     return _running.culprits() if _running is not None else ""
 
 
+def _at_end(comm: BaseCommunicator) -> None:
+    global _running
+    if _running is not None and _running.watches(comm):
+        _running.end("has closed the world")
+        _running = None
+
+
 def _at_exit() -> None:
     if _running is not None and _running.is_alive():
-        _running.end()
+        _running.end(_ending())
 
 
 def _in_child() -> None:
@@ -280,5 +288,6 @@ def _in_child() -> None:
 
 _left_to_the_parent: list[Watchdog] = []
 _protocol.witnesses.append(_witness)
+_protocol.on_end.append(_at_end)
 atexit.register(_at_exit)
 os.register_at_fork(after_in_child=_in_child)
