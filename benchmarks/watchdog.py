@@ -24,7 +24,8 @@ from resnet18 import training_step
 
 import syncbn
 from syncbn.cli._measure import interleaved, median, paired_ratio
-from syncbn.comm import Communicator, _board
+from syncbn.comm import Communicator
+from syncbn.comm._board import of_torch
 from syncbn.comm._watchdog import Watchdog
 
 SECONDS = 2.0  # of a block
@@ -46,7 +47,7 @@ def cost(step: Callable[[], None], comm: Communicator, blocks: int) -> dict[str,
         step()
     seconds = comm.all_reduce(torch.tensor([time.perf_counter() - start], dtype=torch.float64)).item() / comm.size / 3
     steps = max(1, round(SECONDS / seconds))
-    board = _board.of_torch(comm.rank, comm.size, 0)
+    board = of_torch(comm.rank, comm.size, 0)
     assert board is not None
 
     def without() -> None:
@@ -70,7 +71,7 @@ def cost(step: Callable[[], None], comm: Communicator, blocks: int) -> dict[str,
 
 def processor_time(comm: Communicator) -> dict[str, float]:
     """Return what a look of the thread takes, once a second, and what `all_reduce` does for it, whoever else runs."""
-    board = _board.of_torch(comm.rank, comm.size, 1)
+    board = of_torch(comm.rank, comm.size, 1)
     assert board is not None
     dog, x = Watchdog(comm, board, 60.0), torch.zeros(1)
 

@@ -15,22 +15,22 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
 from datetime import timedelta
 
-from syncbn.errors import InputError, MismatchError
+from syncbn.errors import InputError
 
-from . import _board, _protocol, _verdict
-from ._board import Board
+from . import _protocol
+from ._board import Board, of_torch
+from ._diagnosis import describe, is_lost, judge
 from ._distributed import TorchDistributed
 from ._protocol import BaseCommunicator
-from ._whereabouts import Sums, Whereabouts, fate, identity
+from ._served_board import served
+from ._whereabouts import Sums, Whereabouts, identity
 
 _VARIABLE = "SYNCBN_WATCHDOG"
 _DEFAULT = 60.0
 _PERIOD = 1.0  # seconds between two looks
 _SILENT = 2.5 * _PERIOD  # a rank that has not written for so long does not run
-_LINES = 32  # of a table
 _OFF = timedelta(0)
 
 
@@ -82,9 +82,8 @@ class Watchdog(threading.Thread):
         self._beats = itertools.count()
         self._next = seconds  # when to say something
         self._last_table = ""  # at the start of the wait
-        self._before = self._nothing = [
-            Whereabouts()
-        ] * board.size  # what the ranks had written a look ago, while this one waits
+        self._nothing = [Whereabouts()] * board.size
+        self._before = self._nothing  # what the ranks had written a look ago, while this one waits
         self._write()
 
     def run(self) -> None:
@@ -122,10 +121,10 @@ class Watchdog(threading.Thread):
             self._before = now
         if ticks * _PERIOD >= self._next:
             self._next *= 2
-            self._say(comm, f"{ticks * _PERIOD:g}")
+            self._say(f"{ticks * _PERIOD:g}")
 
-    def _say(self, comm: BaseCommunicator, seconds: str) -> None:
-        _print(f"in {comm.call}: rank {self.board.rank} of {self.board.size} has waited {seconds} s")
+    def _say(self, seconds: str) -> None:
+        _print(f"in {self._sums.call}: rank {self.board.rank} of {self.board.size} has waited {seconds} s")
         first = self.board.claim_table(self._last_table)
         self._last_table = self.board.last_table()
         if first:
@@ -140,7 +139,7 @@ class Watchdog(threading.Thread):
         """Return what is known of ranks that do not wait, for an error; within about three seconds."""
         told = self.board.read()
         silent = [False] * len(told)
-        ranks = [rank for rank, where in enumerate(told) if where and _is_lost(where)]
+        ranks = [rank for rank, where in enumerate(told) if where and is_lost(where)]
         if not ranks and not self.board.lost:
             told, silent = self._listen()
             ranks = [rank for rank in range(len(told)) if rank != self.board.rank]
@@ -153,82 +152,6 @@ class Watchdog(threading.Thread):
         time.sleep(_SILENT)
         told = self.board.read()
         return told, [then.get("beat") == now.get("beat") for then, now in zip(before, told, strict=True)]
-
-
-def describe(told: list[Whereabouts], silent: list[bool], ranks: Sequence[int]) -> list[str]:
-    """Return a line for each of the `ranks`, those that wait in the same sum together.
-
-    Args:
-        told: what each rank of the world wrote.
-        silent: whether it has stopped to.
-        ranks: which to describe.
-    """
-    waiting: dict[str, list[int]] = {}
-    lines = []
-    for rank in ranks:
-        where = told[rank]
-        if state := _state(where, silent[rank]):
-            lines.append(f"rank {_name(rank, where)} {state}")
-        else:
-            what = "waiting in" if where["open"] else "gave up waiting in"
-            waiting.setdefault(f"{what} {_verdict.line(where['row'])} ({where['line']})", []).append(rank)
-    lines += [f"{_verdict.named(together)}: {line}" for line, together in waiting.items()]
-    return lines[:_LINES] + [f"... ({len(lines)} lines in all)"] * (len(lines) > _LINES)
-
-
-def _name(rank: int, where: Whereabouts) -> str:
-    return f"{rank} ({where['host']}, pid {where['pid']})" if where else str(rank)
-
-
-def _state(where: Whereabouts, silent: bool) -> str:
-    """Say what a rank does; "" if it waits."""
-    if not where:
-        return "has not started its watchdog: it did not call syncbn.init"
-    if where["row"] and not where["open"]:
-        return ""  # it has waited
-    if "ended" in where:
-        return str(where["ended"])
-    known = fate(where)
-    if known == "gone":
-        return f"is gone: killed, or ended by os._exit; last seen {_doing(where)}"
-    if known == "stopped":
-        return f"is stopped (SIGSTOP, a debugger); last seen {_doing(where)}"
-    if silent and known == "alive":
-        return f"runs, but its Python does not: native code holds the interpreter's lock; last seen {_doing(where)}"
-    if silent:
-        return f"does not answer: gone, stopped, or cut off; last seen {_doing(where)}"
-    return "" if where["row"] else f"is {_doing(where)}"
-
-
-def _is_lost(where: Whereabouts) -> bool:
-    return bool(not where["row"] or where["open"]) and ("ended" in where or fate(where) in ("gone", "stopped"))
-
-
-def _doing(where: Whereabouts) -> str:
-    if where["row"]:
-        return f"in {_verdict.line(where['row'])}"
-    return f"in other code: {where['line']}; its last sum: {where['last'] or 'none'}"
-
-
-def judge(told: list[Whereabouts], before: list[Whereabouts]) -> Exception | None:
-    """Return why the sum that these ranks were to make cannot come about, if that is so.
-
-    Args:
-        told: what each of them wrote.
-        before: what it had written at the look before.
-    """
-    for rank, where in enumerate(told):
-        if where and ("ended" in where or fate(where) == "gone"):
-            return RuntimeError(f"rank {_name(rank, where)} will not call any more")
-    rows = [where.get("row") or [] for where in told]
-    same = all(
-        now.get("row") == then.get("row") and now.get("members") == then.get("members") == told[0].get("members")
-        for now, then in zip(told, before, strict=True)
-    )
-    alive = all(now.get("beat") != then.get("beat") for now, then in zip(told, before, strict=True))
-    if same and alive and all(rows) and any(row != rows[0] for row in rows):
-        return MismatchError(_verdict.table(rows))
-    return None
 
 
 def _ending() -> str:
@@ -254,10 +177,7 @@ def start(comm: BaseCommunicator, seconds: float) -> None:
     global _running
     if seconds == 0 or comm.size == 1 or (_running is not None and _running.watches(comm)):
         return
-    if isinstance(comm, TorchDistributed):
-        board = _board.of_torch(comm.rank, comm.size, next(_numbers))
-    else:
-        board = _board.served(comm)
+    board = of_torch(comm.rank, comm.size, next(_numbers)) if isinstance(comm, TorchDistributed) else served(comm)
     if board is not None:
         _running = Watchdog(comm, board, seconds)
         _running.start()

@@ -50,7 +50,7 @@ class Sums:
         self.waiting: BaseCommunicator | None = None  # open, and in the call of the tick before
         self._current: BaseCommunicator | None = None  # in a call, or it gave that up
         self.ticks = 0  # for how many; not a time: who was stopped meanwhile has not waited
-        self._call: Call | None = None
+        self.call: Call | None = None  # that it waits for
         self._last = ""
         self._seen: dict[str, tuple[Any, Any]] = {}  # by key: `call` and `last` of the tick before
 
@@ -71,8 +71,8 @@ class Sums:
         self.waiting = current.get(True)
         self._current = self.waiting or current.get(False)
         call = None if self.waiting is None else self._seen[self.waiting.key][0]
-        self.ticks = self.ticks + 1 if call is self._call else 1
-        self._call = call
+        self.ticks = self.ticks + 1 if call is self.call else 1
+        self.call = call
 
     def tell(self) -> Whereabouts:
         """Return what other ranks ask for: the sum that this one is in, or the line that it is at."""
