@@ -439,21 +439,8 @@ def test_a_stopped_rank_is_named_and_the_job_ends(launch) -> None:
 def test_plain_python_under_mpirun_ends_soon_after_a_rank_has_ended() -> None:
     """Not after the timeout: the watchdog sees that nobody will answer."""
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    command = [
-        "mpirun",
-        "-n",
-        "3",
-        "--bind-to",
-        "none",
-        "--map-by",
-        ":OVERSUBSCRIBE",
-        "python",
-        JOB,
-        fault,
-        "60",
-        "120",
-    ]
-    job = run_job(command, seconds=140, env=root)
+    mpirun = ["mpirun", "-n", "3", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
+    job = run_job([*mpirun, "python", JOB, "exit", "60", "120"], seconds=140, env=root)
     seconds = since_the_fault(job)
     assert job.returncode != 0
     assert re.search("PeerLostError: .*will not call any more", job.stdout), job.stdout
