@@ -18,6 +18,8 @@ from .comm import MPI, Horovod, SingleProcess, TorchDistributed
 from .comm._groups import set_world, world
 from .comm._protocol import BaseCommunicator
 from .comm._verdict import choose as choose_check
+from .comm._watchdog import start as start_watchdog
+from .comm._watchdog import threshold
 from .errors import BackendError, LaunchError
 
 Environment = Mapping[str, str]
@@ -140,7 +142,11 @@ def _check_nesting(inner: Launch, outer: Launch) -> None:
 
 
 def init(
-    backend: str | None = None, *, timeout: timedelta = DEFAULT_TIMEOUT, check: bool | None = None
+    backend: str | None = None,
+    *,
+    timeout: timedelta = DEFAULT_TIMEOUT,
+    check: bool | None = None,
+    watchdog: timedelta | None = None,
 ) -> BaseCommunicator:
     """Join the world that the launcher made, and return its communicator.
 
@@ -168,11 +174,19 @@ def init(
             NCCL and Horovod three numbers more in each vector. True: over NCCL and Horovod also a sum of three numbers
             before each, which every rank waits for, so that vectors of different lengths are seen. False: a warning,
             for jobs whose ranks differ on purpose. SYNCBN_CHECK=1 and 0 in the environment say the same.
+        watchdog: a rank that waits for longer than this in one sum says so on stderr, and one of them prints where
+            every rank is: in which sum, at which line of other code, stopped, or gone; again after twice, four times as
+            long. None: 60 s, or half of a `timeout` below that; `timedelta(0)`: no watchdog. SYNCBN_WATCHDOG, seconds,
+            in the environment says the same. It costs each process a thread that writes a line to a store once a
+            second: torch.distributed's own (a world that you made over another than a TCPStore has no watchdog), or
+            with MPI and Horovod one that rank 0 serves. With these two it also ends a wait, after about two seconds,
+            for a rank that has ended, and with Horovod one of ranks that ask for vectors of different lengths.
 
     Raises:
         LaunchError: the environment is contradictory or incomplete; `backend` is unknown, does not fit, or is not that
-            of the world that there is.
+            of the world that there is; a rank cannot reach the watchdog's store.
         BackendError: mpi4py or horovod is missing.
+        InputError: `watchdog` is not below the timeout, or SYNCBN_CHECK or SYNCBN_WATCHDOG is not what it may be.
 
     Example:
         >>> init().size
@@ -181,14 +195,24 @@ def init(
     choose_check(check)
     if backend is not None and backend not in BACKENDS:
         raise LaunchError(f"unknown backend {backend!r}: expected None or one of {BACKENDS}")
+    patience = threshold(watchdog, timeout)
     joined = world()
     if not isinstance(joined, SingleProcess):  # by us or by the user
         _check_backend(joined, backend)
+        if isinstance(joined, TorchDistributed) and not joined.owns_group:  # the user's
+            start_watchdog(joined, patience)
         return joined
     launch = detect(os.environ)
     _select_device(launch)
     comm = _join(launch, backend or _default_backend(launch), timeout)
-    return comm if isinstance(comm, SingleProcess) else set_world(comm)
+    if isinstance(comm, SingleProcess):
+        return comm
+    try:
+        start_watchdog(comm, patience)
+    except LaunchError:
+        comm.close()
+        raise
+    return set_world(comm)
 
 
 def _check_backend(joined: BaseCommunicator, backend: str | None) -> None:

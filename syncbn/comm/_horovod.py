@@ -63,6 +63,7 @@ class Horovod(Carrying):
             raise GroupError(f"rank {hvd.rank()} is not in {chosen}: give it a process set that holds it")
         super().__init__(chosen.rank(), chosen.size())
         self.process_set = chosen
+        self.members = list(range(hvd.size())) if chosen.ranks is None else list(chosen.ranks)
         self._timeout = timeout
         self._started = False  # Horovod itself, and so ends it
         _all.add(self)
@@ -104,7 +105,7 @@ class Horovod(Carrying):
         hvd, seconds = _hvd(), 2 * self._timeout.total_seconds()
         # Horovod averages unless told otherwise. It keeps both tensors until it is done with them.
         handle = hvd.allreduce_async(x, op=hvd.Sum, name=f"syncbn.{x.numel()}", process_set=self.process_set)
-        if not wait_until(lambda: hvd.poll(handle), seconds):
+        if not wait_until(lambda: hvd.poll(handle), seconds, self):
             raise RuntimeError(f"no answer from Horovod within {seconds:g} s")
         total: Tensor = hvd.synchronize(handle)  # HorovodInternalError is a RuntimeError
         return total

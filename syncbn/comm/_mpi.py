@@ -72,6 +72,8 @@ class MPI(Pairs):
         self.comm = comm.Dup()
         self._timeout = timeout
         self._cuda_aware = cuda_aware
+        if self.size == mpi.COMM_WORLD.Get_size():
+            self.members = range(self.size)
         if mpi.COMM_WORLD.Get_size() > 1:
             _abort_job_on_exception()
 
@@ -100,7 +102,7 @@ class MPI(Pairs):
     def _wait(self, requests: list[Any], *memory: Tensor | None, peer: str = "") -> None:
         seconds = self._timeout.total_seconds()
         _written_to[id(requests)] = requests, memory
-        if not wait_until(lambda: _mpi().Request.Testall(requests), seconds):
+        if not wait_until(lambda: _mpi().Request.Testall(requests), seconds, self):
             raise RuntimeError(f"{peer}no answer within {seconds:g} s")
         del _written_to[id(requests)]
 

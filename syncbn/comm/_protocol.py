@@ -90,6 +90,8 @@ class BaseCommunicator(ABC):
         backends: what `init` calls it.
         call: the sum that this rank waits for; None between two.
         last: the sum before.
+        vector: what this rank adds to the sum that it waits for.
+        members: the ranks, as the world numbers them, where the watchdog may end a wait: `verdict` then says why.
     """
 
     transport = ""
@@ -102,6 +104,9 @@ class BaseCommunicator(ABC):
         self.key = f"{type(self).__name__} {next(_numbers)}"
         self.call: Call | None = None
         self.last: Call | None = None
+        self.vector: Tensor | None = None
+        self.members: Sequence[int] | None = None
+        self.verdict: Exception | None = None
         self._reason = ""  # why it is not open
         self._calls: dict[Place, int] = {}  # how often each place has called
         by_key[self.key] = self
@@ -120,6 +125,7 @@ class BaseCommunicator(ABC):
         if self.size == 1:
             return x
         number = self._calls[place] = self._calls.get(place, 0) + 1
+        self.vector = x
         self.call = call = Call(place, number)
         try:
             total, verdict = self._sum(x, call.signature)
@@ -130,11 +136,12 @@ class BaseCommunicator(ABC):
             raise
         except RuntimeError as error:
             self.fail(f"in {call}: all_reduce of {x.numel()} numbers failed {self._here()}: {LOST}: {error}")
+            self._reason += "".join(ask() for ask in witnesses)
             raise PeerLostError(self._reason) from error
         except BaseException as error:  # KeyboardInterrupt, for one
             self.fail(f"in {call}: all_reduce of {x.numel()} numbers was interrupted {self._here()}: {error!r}")
             raise
-        self.call, self.last = None, call
+        self.call, self.last, self.vector = None, call, None
         return total
 
     @abstractmethod
@@ -175,6 +182,8 @@ class BaseCommunicator(ABC):
         """Close, for `reason`; does nothing where that has happened."""
         if self.state == "closed":
             return
+        for tell in on_end:
+            tell(self)
         if self._reason != FORKED:  # what the parent holds is not the child's to release
             self._release()
         self.state, self._reason = "closed", reason
@@ -211,6 +220,8 @@ LOST = "a peer died, ended, or did not call in time"
 FORKED = "this process was forked from the one that made the communicator, and a child cannot act for its parent"
 log = logging.getLogger("syncbn")
 by_key: weakref.WeakValueDictionary[str, BaseCommunicator] = weakref.WeakValueDictionary()
+witnesses: list[Callable[[], str]] = []  # asked where a peer is lost, for what they know of the others
+on_end: list[Callable[[BaseCommunicator], None]] = []  # called with a communicator that is about to close
 _numbers = itertools.count()
 
 
@@ -253,14 +264,20 @@ _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 _SPINS = 200  # looks before the core is offered to another rank each time
 
 
-def wait_until(done: Callable[[], bool], seconds: float) -> bool:
-    """Poll until `done()`, for backends without a bounded wait of their own; False after `seconds`."""
+def wait_until(done: Callable[[], bool], seconds: float, comm: BaseCommunicator) -> bool:
+    """Poll until `done()`, for backends without a bounded wait of their own; False after `seconds`.
+
+    Raises:
+        Exception: the verdict of the watchdog on `comm`.
+    """
     deadline = time.monotonic() + seconds
     spins = 0
     while not done():
         spins += 1
         if spins > _SPINS:
             os.sched_yield()  # ranks may outnumber cores
+            if comm.verdict is not None:
+                raise comm.verdict
         if time.monotonic() > deadline:
             return False
     return True

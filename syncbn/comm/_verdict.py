@@ -64,13 +64,18 @@ def gather(call: Call, x: Tensor, rank: int, size: int, add: Callable[[Tensor], 
         size: number of ranks.
         add: returns the sum of a float64 vector over the ranks.
     """
-    vector = " x ".join([*map(str, x.shape), str(x.dtype).removeprefix("torch.")])
-    text = "\n".join([call.place.text, str(call.number), call.place.detail, vector]).encode()[-_CHARACTERS:]
+    mine = "\n".join(row(call, x)).encode()[-_CHARACTERS:]
     rows = torch.zeros(size, _CHARACTERS, dtype=torch.float64, device="cpu")
-    rows[rank, : len(text)] = torch.tensor(list(text), dtype=torch.float64, device="cpu")
+    rows[rank, : len(mine)] = torch.tensor(list(mine), dtype=torch.float64, device="cpu")
     told = add(rows.flatten()).view(size, -1).to(torch.uint8).tolist()
-    lines = [bytes(row).rstrip(b"\0").decode(errors="replace").split("\n") for row in told]
+    lines = [bytes(text).rstrip(b"\0").decode(errors="replace").split("\n") for text in told]
     return MismatchError(table(lines))
+
+
+def row(call: Call, x: Tensor) -> list[str]:
+    """Return a rank's line of `table`."""
+    vector = " x ".join([*map(str, x.shape), str(x.dtype).removeprefix("torch.")])
+    return [call.place.text, str(call.number), call.place.detail, vector]
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -84,14 +89,20 @@ def table(lines: Sequence[Sequence[str]]) -> str:
         rank 1: layer 'b', forward, call 9 (7 x float32)
     """
     ranks: dict[str, list[int]] = {}
-    for rank, (text, number, detail, vector) in enumerate(lines):
-        about = "; ".join(filter(None, [detail, vector]))
-        ranks.setdefault(f"{text}, call {number} ({about})", []).append(rank)
+    for rank, told in enumerate(lines):
+        ranks.setdefault(line(told), []).append(rank)
     return "\n".join(
-        ["the ranks ask for different sums", *(f"{_named(numbers)}: {line}" for line, numbers in ranks.items())]
+        ["the ranks ask for different sums", *(f"{named(numbers)}: {told}" for told, numbers in ranks.items())]
     )
 
 
-def _named(ranks: Sequence[int]) -> str:
+def line(told: Sequence[str]) -> str:
+    """Return a `row` as text."""
+    text, number, detail, vector = told
+    return f"{text}, call {number} ({'; '.join(filter(None, [detail, vector]))})"
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Return "rank 0", "ranks 0, 2"."""
     shown = [str(rank) for rank in ranks[:8]] + [f"... ({len(ranks)} in all)"] * (len(ranks) > 8)
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(shown)}"

@@ -7,6 +7,7 @@ torchrun the user makes a smaller one too, which meets in FILE.
 import gc
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +26,7 @@ rank = None
 
 def left() -> str:
     gc.collect()
+    time.sleep(2)  # what the others close, the server of the store on rank 0 closes after them
     links = [
         os.readlink(f"/proc/self/fd/{fd}")
         for fd in os.listdir("/proc/self/fd")
@@ -68,7 +70,8 @@ for cycle in range(cycles):
             continue
         raise AssertionError(f"{old} outlived its world")
     comm = parts = held = old = group = kept = None
-    after[cycle] = left()
+    if cycle in (1, cycles - 1):
+        after[cycle] = left()
 if launcher == "torchrun" and rank < size - 1:
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=size - 1)
     layer(torch.randn(4, 2))
