@@ -142,5 +142,5 @@ def test_a_peer_that_never_calls_is_an_error_after_the_timeout(gloo) -> None:
 
 def test_waiting_has_an_end() -> None:
     looks = iter([False, False, True])
-    assert wait_until(lambda: next(looks), 10)
-    assert not wait_until(lambda: False, 0.01)
+    assert wait_until(lambda: next(looks), 10, SingleProcess())
+    assert not wait_until(lambda: False, 0.01, SingleProcess())
