@@ -22,7 +22,7 @@ LAYERS = [
     {"comm._verdict"},
     {"comm._protocol"},
     {"comm._single", "comm._threads", "comm._shared_memory", "comm._carried", "comm._pairs"},
-    {"comm._mpi", "comm._horovod", "comm._foreign", "comm._hosts"},
+    {"comm._mpi", "comm._horovod", "comm._foreign", "comm._hosts", "comm._roll_call"},
     {"comm._distributed"},
     {"comm._groups"},
     {"comm"},
@@ -42,7 +42,8 @@ LAYERS = [
     {"_fusion", "_synchronised_class", "_alike"},
     {"_conversion_report"},
     {"_convert", "_launcher", "_parallel", "_population"},
-    {"_torch_conversion", "_in_sync"},
+    {"_torch_conversion", "_in_sync", "_optimizer_state"},
+    {"_uneven"},
     {""},
     {"cli._measure", "cli._report", "cli._network", "cli._malloc"},
     {"cli._job", "cli._training"},
@@ -78,6 +79,7 @@ KNOWS_BATCH_NORM = {
     "_torch_conversion",
     "_population",
     "_in_sync",
+    "_uneven",
 }
 OPTIONAL = {
     "mpi4py": {"comm._mpi"},

@@ -90,10 +90,12 @@ class BaseCommunicator(ABC):
         backends: what `init` calls it.
         call: the sum that this rank waits for; None between two.
         last: the sum before.
+        before: called with each vector and its place before they are summed, see `tell`.
     """
 
     transport = ""
     backends: frozenset[str] = frozenset()
+    before: Callable[[Tensor, Place], None] | None = None
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -103,7 +105,7 @@ class BaseCommunicator(ABC):
         self.call: Call | None = None
         self.last: Call | None = None
         self._reason = ""  # why it is not open
-        self._calls: dict[Place, int] = {}  # how often each place has called
+        self._calls: dict[int, int] = {}  # how often each place has called, by its digest
         by_key[self.key] = self
 
     def all_reduce(self, x: Tensor, place: Place = ALL_REDUCE) -> Tensor:
@@ -117,9 +119,11 @@ class BaseCommunicator(ABC):
         self._check(x)
         if self.state != "open":
             raise self._not_open(place)
+        if self.before is not None:
+            self.before(x, place)
         if self.size == 1:
             return x
-        number = self._calls[place] = self._calls.get(place, 0) + 1
+        number = self._calls[place.digest] = self.calls(place) + 1
         self.call = call = Call(place, number)
         try:
             total, verdict = self._sum(x, call.signature)
@@ -136,6 +140,14 @@ class BaseCommunicator(ABC):
             raise
         self.call, self.last = None, call
         return total
+
+    def calls(self, place: Place) -> int:
+        """Return how often `place` has asked for a sum."""
+        return self._calls.get(place.digest, 0)
+
+    def tell(self, before: Callable[[Tensor, Place], None] | None) -> None:
+        """Have `before(x, place)` called before each sum; None: no more."""
+        self.before = before
 
     @abstractmethod
     def _sum(self, x: Tensor, signature: int) -> tuple[Tensor, int]:

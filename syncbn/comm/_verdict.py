@@ -85,12 +85,15 @@ def table(lines: Sequence[Sequence[str]]) -> str:
         rank 1: layer 'b', forward, call 9 (7 x float32)
     """
     ranks: dict[str, list[int]] = {}
-    for rank, (text, number, detail, vector) in enumerate(lines):
-        about = "; ".join(filter(None, [detail, vector]))
-        ranks.setdefault(f"{text}, call {number} ({about})", []).append(rank)
+    for rank, line in enumerate(lines):
+        ranks.setdefault(_described(*line) if len(line) > 1 else "adds zeros (hvd.join)", []).append(rank)
     return "\n".join(
         ["the ranks ask for different sums", *(f"{_named(numbers)}: {line}" for line, numbers in ranks.items())]
     )
+
+
+def _described(text: str, number: str, detail: str, vector: str) -> str:
+    return f"{text}, call {number} ({'; '.join(filter(None, [detail, vector]))})"
 
 
 def _named(ranks: Sequence[int]) -> str:
