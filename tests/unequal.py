@@ -11,9 +11,13 @@ FEATURES = 4
 
 
 def made() -> nn.Module:
-    torch.manual_seed(0)
-    layers = nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3), nn.BatchNorm1d(3, momentum=None)
-    return nn.Sequential(*layers, nn.Linear(3, 2)).double()
+    """Return the same model each time, also on threads."""
+    linears = nn.Linear(FEATURES, 5), nn.Linear(5, 3), nn.Linear(3, 2)
+    generator = torch.Generator().manual_seed(0)
+    for p in (p for linear in linears for p in linear.parameters()):
+        nn.init.normal_(p, generator=generator)
+    norms = nn.BatchNorm1d(5), nn.BatchNorm1d(3, momentum=None)
+    return nn.Sequential(linears[0], norms[0], nn.ReLU(), linears[1], norms[1], linears[2]).double()
 
 
 def momentum_of(model: nn.Module) -> torch.optim.SGD:

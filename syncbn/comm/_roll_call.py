@@ -67,7 +67,7 @@ class RollCall:
             return
         digest = (place.digest >> shift & (1 << _BITS) - 1 for shift in (0, _BITS, 2 * _BITS))
         sum_of = (number, x.numel(), x.dtype == torch.float64, x.is_cpu, *digest)
-        self._exchange(sum_of, Call(place, self._members[number].calls(place) + 1))
+        self._exchange(sum_of, Call(place, self._members[number].calls(place) + 1), x)
 
     def answer(self) -> int:
         """Add zeros to every sum until no rank has another batch; return a rank that took the last step."""
@@ -86,14 +86,17 @@ class RollCall:
             whole = sum(part << shift for part, shift in zip(digest, (0, _BITS, 2 * _BITS), strict=True))
             self._members[number].all_reduce(zeros, place_of(whole))
 
-    def _exchange(self, says: Sequence[int] | None, call: Call) -> tuple[int, list[int]]:
-        """Return how many ranks are not finished, and what they say; MismatchError on every rank if that differs."""
+    def _exchange(self, says: Sequence[int] | None, call: Call, x: Tensor | None = None) -> tuple[int, list[int]]:
+        """Return how many ranks are not finished, and what they say; MismatchError on every rank if that differs.
+
+        Its table says where this rank is: `call`, with the vector `x`.
+        """
         h = zlib.crc32(repr(says).encode()) >> 12
         numbers = [0] * (3 + len(_NOTHING)) if says is None else [1, h, h * h, *map(int, says)]
         message = self._vector(numbers)
         told = self._comm.all_reduce(message, _MESSAGE).cpu()
         if verdict_of(told[:3]) != AGREE:
-            self._refuse(call, message)
+            self._refuse(call, message if x is None else x)
         active, _, _, *said = map(int, told.tolist())
         return active, [number // max(active, 1) for number in said]
 

@@ -5,6 +5,7 @@ Arguments: HOW COUNTS ..., an epoch each: `average 5,3,2 2,3,0`. HOW is "average
 """
 
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,7 +25,9 @@ model = syncbn.convert_sync_batchnorm(made())
 optimizer = momentum_of(model)
 called, joinables = model, ()
 if how.startswith("ddp"):
-    called = DistributedDataParallel(model, broadcast_buffers=how == "ddp-broadcasts")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.13 deprecates broadcast_buffers
+        called = DistributedDataParallel(model, broadcast_buffers=how == "ddp-broadcasts")
     joinables = (called,)
 if how == "horovod":
     import horovod.torch as hvd
