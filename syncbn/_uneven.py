@@ -54,9 +54,11 @@ def uneven(
             layers without names or with one name, or is in eval mode, or wrapped in a DDP that was not given; one of
             `joinables` is none, or a DDP of another model; another `uneven` is open. After one collective, on every
             rank: the models differ.
-        GroupError: one of `joinables` is over another group; under Horovod, the layers are over other process sets.
+        GroupError: one of `joinables` is over another group; a layer's group is larger than `process_group`, or under
+            Horovod another one.
         DTypeError: a parameter or buffer is not plain memory, see `broadcast_parameters`.
-        MismatchError: on every rank: those that have batches left ask for different sums.
+        MismatchError: those that have batches left ask for different sums; on every rank, but under Horovod not on the
+            waiting ones, which find Horovod ended (PeerLostError).
         PeerLostError: on the others, where a rank has left the block by an exception: it waits for nobody.
 
     Collectives: one of 3P numbers among P ranks at the start; one of ten numbers before each step, and once a rank has
@@ -100,9 +102,13 @@ def _attending(
 ) -> Iterator[Callable[[], int]]:
     """Tell the other ranks of each step; yield what is called after the last, and returns who took the last of all."""
     if isinstance(comm, Horovod):  # where nobody needs to be told
-        yield comm.join
+        comm.tell(lambda *_: None)  # only so that another block is noticed
+        try:
+            yield comm.join
+        finally:
+            comm.tell(None)
         return
-    calls = RollCall(comm, members, device, device_for(comm))
+    calls = RollCall(comm, members, device, torch.empty(0, device=device_for(comm)).device)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(module: nn.Module, _: Any) -> None:
@@ -180,6 +186,8 @@ def _check(model: nn.Module, joinables: Sequence[Any]) -> None:
 def _check_groups(comm: BaseCommunicator, members: Sequence[BaseCommunicator], joinables: Sequence[Any]) -> None:
     if any(member.before is not None for member in members):
         raise InputError("an uneven block is open around this one: leave out one of the two")
+    if any(member.size > comm.size for member in members):
+        raise GroupError(f"a layer's group is larger than {comm!r}: give uneven the whole, process_group=...")
     if isinstance(comm, Horovod) and (len(members) > 1 or comm.process_set.process_set_id != 0):
         raise GroupError("hvd.join() knows the global process set only: give layers process_group=None")
     for joinable in joinables:

@@ -283,6 +283,15 @@ def test_nested() -> None:
     run_threads(2, replica)
 
 
+def test_layers_over_more_than_the_ranks() -> None:
+    def replica(comm: Any) -> None:
+        part = comm.split([[0], [1]])
+        with pytest.raises(GroupError, match="larger than"), syncbn.uneven(converted(comm), process_group=part):
+            raise AssertionError
+
+    run_threads(2, replica)
+
+
 # With DDP, and compiled
 
 

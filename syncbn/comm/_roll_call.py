@@ -39,7 +39,11 @@ class RollCall:
     """
 
     def __init__(
-        self, comm: BaseCommunicator, members: Sequence[BaseCommunicator], device: torch.device, message_device: str
+        self,
+        comm: BaseCommunicator,
+        members: Sequence[BaseCommunicator],
+        device: torch.device,
+        message_device: torch.device,
     ) -> None:
         self._comm = comm
         self._members = members
