@@ -28,6 +28,7 @@ from ._population import synchronize_statistics as synchronize_statistics
 from ._saved import saved_statistics as saved_statistics
 from ._together import normalize_together as normalize_together
 from ._torch_conversion import replace_torch_conversion as replace_torch_conversion
+from ._uneven import uneven as uneven
 from .comm._groups import world as world
 
 __version__ = "0.1.0"

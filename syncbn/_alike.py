@@ -62,21 +62,39 @@ def _fact(tensor: Tensor) -> str:
 
 
 def check_alike(
-    facts: Sequence[str], comm: BaseCommunicator, what: str, device: torch.device, also: Sequence[int] = ()
+    facts: Sequence[str],
+    comm: BaseCommunicator,
+    what: str,
+    device: torch.device,
+    also: Sequence[int] = (),
+    needed: int | None = None,
 ) -> bool:
     """Raise InputError on every rank if the replicas' `facts` differ; else tell whether `also`, bytes, is alike.
 
-    Only digests are compared; where they differ, the lines of rank 0 and of the first rank unlike it are sent.
+    Only digests are compared; where they differ, the lines of the first rank and of the first unlike it are sent. A
+    rank that adds zeros, since it has no batch left (see `uneven`), has nothing to compare.
+
+    Args:
+        facts: what is to be alike, a line each.
+        comm: the replicas.
+        what: names the facts.
+        device: of the vectors that are sent.
+        also: bytes.
+        needed: a rank whose values are to be sent, so it has to have some.
     """
     text = "\n".join(facts).encode()
     rows = torch.zeros(comm.size, 3, dtype=torch.float64, device=device)
     rows[comm.rank] = torch.tensor([_digest(text), len(text), _digest(bytes(also))], dtype=torch.float64, device=device)
     told = comm.all_reduce(rows.flatten(), place("comparison", what)).view(-1, 3).tolist()
-    for rank, (digest, length, _) in enumerate(told):
-        if [digest, length] != told[0][:2]:
-            lengths = {0: int(told[0][1]), rank: int(length)}
+    present = {rank: row for rank, row in enumerate(told) if any(row)}
+    if needed is not None and needed not in present:
+        raise InputError(f"rank {needed} has no batch left and adds zeros: send its {what} after syncbn.uneven")
+    first, (*same, also_same) = next(iter(present.items()))
+    for rank, row in present.items():
+        if row[:2] != same:
+            lengths = {first: int(same[1]), rank: int(row[1])}
             raise InputError(f"the replicas' {what} differ: {_difference(_texts(text, lengths, comm, device))}")
-    return all(row[2] == told[0][2] for row in told)
+    return all(row[2] == also_same for row in present.values())
 
 
 def _digest(text: bytes) -> int:

@@ -19,7 +19,6 @@ _BROADCAST, _AVERAGE, _MEAN = map(place, ("broadcast_parameters", "average_gradi
 BUCKET_BYTES = 25 * 2**20  # of a collective: large enough for bandwidth, small enough not to double the memory
 
 
-@torch.no_grad()
 def broadcast_parameters(module: nn.Module, *, process_group: ProcessGroup = None) -> None:
     """Give every replica the bits of rank 0's parameters and buffers, in place; rank 0's own are not written.
 
@@ -41,22 +40,32 @@ def broadcast_parameters(module: nn.Module, *, process_group: ProcessGroup = Non
     Collectives: one of 3P numbers among P replicas, one more before an InputError; then, for each dtype and device, at
     most one for each 12.5 MB of tensors and one for the rest.
     """
-    comm = resolve(process_group)
+    send_parameters(module, resolve(process_group), 0)
+
+
+@torch.no_grad()
+def send_parameters(module: nn.Module, comm: BaseCommunicator, source: int) -> None:
+    """Do what `broadcast_parameters` does, with those of rank `source`."""
     if comm.size == 1:
         return
     named = [*module.named_parameters(), *module.named_buffers()]
-    check_alike(facts_of(named), comm, "parameters and buffers", device_of(named))
+    check_alike(facts_of(named), comm, "parameters and buffers", device_of(named), needed=source)
     check_plain(named)
     tensors = [without_repeats(tensor) for _, tensor in named]
     for bucket in buckets(tensors, lambda tensor: tensor.dtype, BUCKET_BYTES // 2):
         flat = flatten(bucket)
-        words = to_words(flat)
-        if comm.rank == 0:
-            comm.all_reduce(words, _BROADCAST)
-        else:
-            received = from_words(comm.all_reduce(words.zero_(), _BROADCAST), len(flat), flat.dtype)
+        received = send(flat, comm, source)
+        if comm.rank != source:
             for tensor, part in zip(bucket, parts_of(received, bucket), strict=True):
                 tensor.copy_(part)
+
+
+def send(flat: Tensor, comm: BaseCommunicator, source: int) -> Tensor:
+    """Return the bits of rank `source`'s vector, which has the same length and dtype on every rank; one all-reduce."""
+    words = to_words(flat)
+    if comm.rank != source:
+        words.zero_()
+    return from_words(comm.all_reduce(words, _BROADCAST), len(flat), flat.dtype)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ LAYERS = [
     {"comm._verdict"},
     {"comm._protocol"},
     {"comm._single", "comm._threads", "comm._shared_memory", "comm._carried", "comm._pairs", "comm._whereabouts"},
-    {"comm._mpi", "comm._horovod", "comm._foreign", "comm._hosts", "comm._board", "comm._diagnosis"},
+    {"comm._mpi", "comm._horovod", "comm._foreign", "comm._hosts", "comm._roll_call", "comm._board", "comm._diagnosis"},
     {"comm._distributed", "comm._served_board"},
     {"comm._watchdog"},
     {"comm._groups"},
@@ -43,7 +43,8 @@ LAYERS = [
     {"_fusion", "_synchronised_class", "_alike"},
     {"_conversion_report"},
     {"_convert", "_launcher", "_parallel", "_population"},
-    {"_torch_conversion", "_in_sync"},
+    {"_torch_conversion", "_in_sync", "_optimizer_state"},
+    {"_uneven"},
     {""},
     {"cli._measure", "cli._report", "cli._network", "cli._malloc"},
     {"cli._job", "cli._training"},
@@ -79,6 +80,7 @@ KNOWS_BATCH_NORM = {
     "_torch_conversion",
     "_population",
     "_in_sync",
+    "_uneven",
 }
 OPTIONAL = {
     "mpi4py": {"comm._mpi"},

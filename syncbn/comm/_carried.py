@@ -45,14 +45,14 @@ class Carrying(BaseCommunicator):
         total = self._add(torch.cat([x.flatten(), self._signed(x, signature)]))
         values, sums = total[:-_NUMBERS].view(x.shape), total[-_NUMBERS:]
         if x.is_cpu:
-            return values, _verdict_of(sums)
+            return values, verdict_of(sums)
         self._verdicts.later(sums, self.call)
         return values, AGREE
 
     def _alike(self, x: Tensor, signature: int) -> bool:
         """Tell whether the ranks' vectors are for one place, of one length and dtype; one sum of three numbers."""
         sent = x.new_empty(0, dtype=torch.float64)
-        return _verdict_of(self._add(self._signed(sent, signature + kind_of(x)))) == AGREE
+        return verdict_of(self._add(self._signed(sent, signature + kind_of(x)))) == AGREE
 
     def _signed(self, x: Tensor, signature: int) -> Tensor:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph would keep this call's number
@@ -67,7 +67,7 @@ class Carrying(BaseCommunicator):
         return gather(call, x, self.rank, self.size, add)
 
 
-def _verdict_of(sums: Tensor) -> int:
+def verdict_of(sums: Tensor) -> int:
     numbers = sums.tolist()
     if not all(map(float.is_integer, numbers)):  # what a peer sent there was no signature
         return OTHER_PLACE
@@ -105,5 +105,5 @@ class Verdicts:
                     return
                 event.synchronize()
             self._waiting.popleft()
-            if _verdict_of(sums) != AGREE:
+            if verdict_of(sums) != AGREE:
                 refuse(MismatchError(f"the ranks asked for different sums, this one for that in {earlier}"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ._carried import Carrying, Verdicts
@@ -13,8 +15,9 @@ class Memory:
     """What is kept of a user's communicator between two uses: it is not kept itself."""
 
     def __init__(self) -> None:
-        self.calls: dict[Place, int] = {}
+        self.calls: dict[int, int] = {}
         self.verdicts = Verdicts()
+        self.before: Callable[[Tensor, Place], None] | None = None
 
 
 class Foreign(Carrying):
@@ -24,7 +27,12 @@ class Foreign(Carrying):
         super().__init__(comm.rank, comm.size)
         self.comm = comm
         self.transport = type(comm).__name__
-        self._calls, self._verdicts = memory.calls, memory.verdicts
+        self._memory = memory
+        self._calls, self._verdicts, self.before = memory.calls, memory.verdicts, memory.before
+
+    def tell(self, before: Callable[[Tensor, Place], None] | None) -> None:
+        """Have `before(x, place)` called before each sum, whichever object of this class is asked for it."""
+        self.before = self._memory.before = before
 
     def _add(self, x: Tensor) -> Tensor:
         return self.comm.all_reduce(x)

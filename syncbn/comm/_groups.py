@@ -127,8 +127,13 @@ _PARTS = "parts "
 
 
 def _nodes(comm: Communicator) -> list[list[int]]:
+    return hosts(comm, device=device_for(comm))
+
+
+def device_for(comm: Communicator) -> str:
+    """Return where vectors are that have no reason to be elsewhere: "cpu", where it can take those."""
     only_cuda = isinstance(comm, TorchDistributed) and not comm.takes(torch.device("cpu"))
-    return hosts(comm, device="cuda" if only_cuda else "cpu")
+    return "cuda" if only_cuda else "cpu"
 
 
 def consecutive(size: int, per_group: int) -> list[list[int]]:

@@ -11,12 +11,13 @@ from http import HTTPStatus
 from http.client import HTTPConnection
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from syncbn.errors import BackendError, CollectiveError, GroupError
+from syncbn.errors import BackendError, CollectiveError, GroupError, PeerLostError
 
 from ._carried import Carrying
-from ._protocol import Communicator, part_of, wait_until
+from ._protocol import LOST, Communicator, part_of, wait_until
 
 
 def _hvd() -> Any:
@@ -109,6 +110,20 @@ class Horovod(Carrying):
             raise RuntimeError(f"no answer from Horovod within {seconds:g} s")
         total: Tensor = hvd.synchronize(handle)  # HorovodInternalError is a RuntimeError
         return total
+
+    def join(self) -> int:
+        """Add zeros to whatever the other ranks sum, until every rank has called; return the rank that did last.
+
+        Of the global process set only.
+        """
+        hvd = _hvd()
+        try:
+            last = int(hvd.join(torch.cuda.current_device() if torch.cuda.is_available() else -1))
+        except RuntimeError as error:
+            self.fail(f"waiting for the other ranks' last batches failed {self._here()}: {LOST}: {error}")
+            raise PeerLostError(self._reason) from error
+        self._calls.clear()  # a rank that waits here does not count
+        return last
 
     def fail(self, reason: str, *, peers_know: bool = False) -> None:
         """Break, and with this every communicator over Horovod."""

@@ -30,7 +30,21 @@ class Place:
 @functools.cache  # as many as a program has places
 def place(text: str, detail: str = "") -> Place:
     """Return the place of this name, the same object each time."""
-    return Place(text, detail)
+    made = Place(text, detail)
+    _made[made.digest] = made
+    return made
+
+
+_made: dict[int, Place] = {}  # by digest
+
+
+def place_of(digest: int) -> Place:
+    """Return the place with this digest, which may be one that only other ranks have been at."""
+    known = _made.get(digest)
+    if known is None:
+        known = Place("a sum that only other ranks know", "")
+        known.digest = digest
+    return known
 
 
 class Call(NamedTuple):

@@ -92,10 +92,12 @@ class BaseCommunicator(ABC):
         last: the sum before.
         vector: what this rank adds to the sum that it waits for.
         members: the ranks, as the world numbers them, where the watchdog may end a wait: `verdict` then says why.
+        before: called with each vector and its place before they are summed, see `tell`.
     """
 
     transport = ""
     backends: frozenset[str] = frozenset()
+    before: Callable[[Tensor, Place], None] | None = None
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -108,7 +110,7 @@ class BaseCommunicator(ABC):
         self.members: Sequence[int] | None = None
         self.verdict: Exception | None = None
         self._reason = ""  # why it is not open
-        self._calls: dict[Place, int] = {}  # how often each place has called
+        self._calls: dict[int, int] = {}  # how often each place has called, by its digest
         by_key[self.key] = self
 
     def all_reduce(self, x: Tensor, place: Place = ALL_REDUCE) -> Tensor:
@@ -122,9 +124,11 @@ class BaseCommunicator(ABC):
         self._check(x)
         if self.state != "open":
             raise self._not_open(place)
+        if self.before is not None:
+            self.before(x, place)
         if self.size == 1:
             return x
-        number = self._calls[place] = self._calls.get(place, 0) + 1
+        number = self._calls[place.digest] = self.calls(place) + 1
         self.vector = x
         self.call = call = Call(place, number)
         try:
@@ -143,6 +147,14 @@ class BaseCommunicator(ABC):
             raise
         self.call, self.last, self.vector = None, call, None
         return total
+
+    def calls(self, place: Place) -> int:
+        """Return how often `place` has asked for a sum."""
+        return self._calls.get(place.digest, 0)
+
+    def tell(self, before: Callable[[Tensor, Place], None] | None) -> None:
+        """Have `before(x, place)` called before each sum; None: no more."""
+        self.before = before
 
     @abstractmethod
     def _sum(self, x: Tensor, signature: int) -> tuple[Tensor, int]:
