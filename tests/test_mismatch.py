@@ -210,17 +210,17 @@ def test_equal_signatures_agree_exactly_and_others_do_not(size: int, dtype: torc
     for _ in range(200):
         h = int(torch.randint(1 << bits, (1,), generator=generator))
         other = h ^ 1 << int(torch.randint(bits, (1,), generator=generator))
-        assert carried_module._verdict_of(sums([h] * size)) == _verdict.AGREE
-        assert carried_module._verdict_of(sums([h] * (size - 1))) == _verdict.AGREE
-        assert carried_module._verdict_of(sums([h] * (size - 1) + [other])) == _verdict.OTHER_PLACE
+        assert carried_module.verdict_of(sums([h] * size)) == _verdict.AGREE
+        assert carried_module.verdict_of(sums([h] * (size - 1))) == _verdict.AGREE
+        assert carried_module.verdict_of(sums([h] * (size - 1) + [other])) == _verdict.OTHER_PLACE
     largest = (1 << bits) - 1
-    assert carried_module._verdict_of(sums([largest] * size)) == _verdict.AGREE
-    assert carried_module._verdict_of(sums([largest] * (size - 1) + [largest - 1])) == _verdict.OTHER_PLACE
+    assert carried_module.verdict_of(sums([largest] * size)) == _verdict.AGREE
+    assert carried_module.verdict_of(sums([largest] * (size - 1) + [largest - 1])) == _verdict.OTHER_PLACE
 
 
 @pytest.mark.parametrize("garbage", [[float("nan"), 1, 1], [float("inf"), 1, 1], [0.5, 1, 1]])
 def test_what_is_no_signature_is_a_mismatch(garbage: list[float]) -> None:
-    assert carried_module._verdict_of(torch.tensor(garbage)) == _verdict.OTHER_PLACE
+    assert carried_module.verdict_of(torch.tensor(garbage)) == _verdict.OTHER_PLACE
 
 
 @pytest.fixture
