@@ -12,7 +12,7 @@ import torch
 from conftest import LAUNCHERS, run_job
 
 from syncbn.cli import _installation
-from syncbn.cli._malloc import SETTINGS, gives_memory_back
+from syncbn.cluster._malloc import SETTINGS, gives_memory_back
 
 SET = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "9223372036854775807"}
 USERS_OWN = [

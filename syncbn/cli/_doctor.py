@@ -18,7 +18,7 @@ from syncbn.errors import LaunchError
 from ._cluster import Collective, Facts, Finding, by_host, collectives, facts, findings, merged
 from ._installation import Part, parts
 from ._job import Deadline, end, exchange, join, plural, table
-from ._network import network
+from syncbn.cluster._network import network
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from syncbn.comm import Communicator, SharedMemory, run_threads
 from syncbn.errors import SyncBatchNormError
 
 from ._job import plural
-from ._malloc import REMEDY, gives_memory_back
-from ._network import network
+from syncbn.cluster._malloc import REMEDY, gives_memory_back
+from syncbn.cluster._network import network
 
 PROBE_SECONDS = 60.0
 

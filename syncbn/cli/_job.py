@@ -19,7 +19,7 @@ import syncbn
 from syncbn._launcher import Launch
 from syncbn.comm import Communicator
 
-from ._network import network, suspicions
+from syncbn.cluster._network import network, suspicions
 
 
 class Deadline:
