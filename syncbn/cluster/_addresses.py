@@ -59,7 +59,7 @@ def is_loopback(address: str) -> bool:
 def resolve(name: str) -> list[str]:
     """Return the addresses that `name` stands for on this host; none if it is unknown."""
     try:
-        return list(dict.fromkeys(info[4][0] for info in socket.getaddrinfo(name, None, socket.AF_INET)))
+        return list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(name, None, socket.AF_INET)))
     except socket.gaierror:
         return []
 
@@ -121,8 +121,23 @@ def outwards(wanted: str = "") -> Interface:
     return there[0]
 
 
-def head(master: str, wanted: str = "") -> tuple[str, Interface, bool]:
-    """Return the head node's address, the interface that leads there, and whether this host is it.
+class Head(NamedTuple):
+    """The head node of a job.
+
+    Attributes:
+        address: of it, as this host knows it.
+        mine: the interface of this host that leads there.
+        listen: the address to listen at, if this host is it, else None; "" is all, where it does not know by which
+            address the others know it.
+    """
+
+    address: str
+    mine: Interface
+    listen: str | None = None
+
+
+def head(master: str, wanted: str = "") -> Head:
+    """Find the head node.
 
     A host's own name may stand for 127.0.1.1, as in Debian, or for nothing.
     """
@@ -130,13 +145,12 @@ def head(master: str, wanted: str = "") -> tuple[str, Interface, bool]:
     usable = [address for address in addresses if not is_loopback(address)]
     own = [address for address in usable if is_own(address)]
     if own:
-        mine = towards(own[0], wanted)
-        return mine.address, mine, True
+        return Head(own[0], towards(own[0], wanted), listen=own[0])
     if usable:
-        return usable[0], towards(usable[0], wanted), False
+        return Head(usable[0], towards(usable[0], wanted))
     if is_own_name(master):
         mine = outwards(wanted)
-        return mine.address, mine, True
+        return Head(mine.address, mine, listen="")
     if addresses:
         raise HostError(
             f"the head node {master!r} stands for {addresses[0]} on {HOST}, which is {HOST} itself: give the name or "

@@ -1,9 +1,8 @@
 """torchrun in this process, with what it lacks where a job fails.
 
-torchrun's rendezvous, its restarts and the way back of a lost host are its own. Added are: sentences for its
-exceptions; the end of the job on all hosts, be it that their ranks wait or are done, when torchrun fails on one; a bound
-on the wait for a head node that is cut off; 5 seconds, not 30, for a rank that is stopped and ignores SIGTERM; and the
-end of the ranks with their torchrun.
+The rendezvous, restarts and the way back of a lost host are torchrun's. Added are: sentences for its exceptions; the end
+of the job on all hosts, be it that their ranks wait or are done, when torchrun fails on one; a bound on the wait for a
+head node that is cut off; and 5 seconds, not 30, for a rank that is stopped and so deaf to SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,7 +20,11 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousConnectionError, RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
 from torch.distributed.run import main as torchrun
 
 from ._addresses import HOST
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for option, kind in {"--head": str, "--port": int, "--nodes": int, "--timeout": float, "--address": str}.items():
         parser.add_argument(option, type=kind)
-    parser.add_argument("--is-head", action="store_true")
+    parser.add_argument("--listen")
     place = list(arguments).index("--")
     where = parser.parse_args(arguments[:place])
     end_stopped_ranks_soon()
@@ -46,56 +49,68 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(arguments: Sequence[str], board: Board | None) -> int:
     """Run torchrun; `board` where there are several hosts."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    if board is None:
+        return 1 if _outcome(arguments, board) else 0
     done = threading.Event()
-    why = ""
+    watching = threading.Thread(target=watch, args=(board, done), daemon=True)
     try:
-        if board is not None:
-            board.come()
-            threading.Thread(target=watch, args=(board, done), daemon=True).start()
+        board.come()
+        watching.start()
         why = _outcome(arguments, board)
+        if why:
+            board.fail(why)
     finally:
         done.set()
-        if board is not None:
-            if why:
-                board.fail(why)
-            board.leave()
+        board.leave()
+    watching.join(2)
     return 1 if why else 0
+
+
+def _stop(number: int, frame: object) -> None:
+    """As torchrun does it once its ranks have started."""
+    raise SignalException(f"process {os.getpid()} got signal {number}", signal.Signals(number))
 
 
 def _outcome(arguments: Sequence[str], board: Board | None) -> str:
     """Run torchrun; return why it failed, "" if it did not, and say so where torchrun has not."""
     try:
         torchrun(list(arguments))
+        return ""
     except ChildFailedError as error:
         error.name = " ".join(arguments[arguments.index("rank") + 1 :])
-        print(error.format_msg(), file=sys.stderr, flush=True)
+        print(error.format_msg(), file=sys.stderr, flush=True)  # type: ignore[no-untyped-call]
         return f"the job failed on {HOST}"
     except SignalException as error:
-        say(f"ended by {error.sigval.name}")
-        return f"the job was ended on {HOST} ({error.sigval.name})" if "--max-restarts=0" in arguments else ""
+        why = f"the job was ended by {error.sigval.name} on {HOST}"
     except (RendezvousTimeoutError, RendezvousClosedError, RendezvousConnectionError) as error:
         assert board is not None
-        why = board.failure() or _rendezvous(error, board)
-        say(f"error: {why}")
-        return why
-    return ""
+        why = board.failure() or _rendezvous_failed(error, board)
+    say(f"error: {why}")
+    return why
 
 
-def _rendezvous(error: Exception, board: Board) -> str:
+def _rendezvous_failed(error: Exception, board: Board) -> str:
+    where, came = board.meeting, board.came()
+    if isinstance(error, RendezvousTimeoutError) and len(came) < where.nodes:
+        return (
+            f"{len(came)} of {where.nodes} hosts came within {where.timeout:g} s ({', '.join(came)}): start the same "
+            f"command on the others, and check that they can connect to {where.head} port {where.port}"
+        )
     if isinstance(error, RendezvousTimeoutError):
-        remedy = "start the same command on the others, and check that they can connect to the head node"
-        return f"{board.missing() or 'not all hosts came again'} within the timeout: {remedy}"
-    return f"{HOST} was left alone: {error}"
+        return f"a host was lost and did not come back to {HOST} within {where.timeout:g} s"
+    return f"torchrun ended on another host: {error}"
 
 
 def watch(board: Board, done: threading.Event) -> None:
     """End torchrun here when the job has failed elsewhere."""
-    began, told = time.monotonic(), False
+    hint = time.monotonic() + 2
     while not (why := board.failure()):
-        if not told and time.monotonic() - began > 2:
-            told = True
-            if missing := board.missing():
-                say(f"{missing} yet; waiting for the others")
+        if time.monotonic() > hint:
+            hint = float("inf")
+            if len(board.came()) < board.meeting.nodes:
+                say(f"waiting for other hosts, {board.meeting.timeout:g} s at most: {', '.join(board.came())} came")
         if done.wait(1):
             return
     deadline = time.monotonic() + GRACE
@@ -103,9 +118,9 @@ def watch(board: Board, done: threading.Event) -> None:
         if done.wait(0.2):
             return
     say(f"error: {why}: ending it on {HOST}")
-    left = ranks()
+    seconds = 2 * STOPPED if ranks() else 1
     os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes it on
-    if not done.wait(2 * STOPPED if left else 1):  # it waits for a host that is gone, deaf to signals
+    if not done.wait(seconds):  # it waits for a host that is gone, deaf to signals
         for rank in ranks():
             os.kill(rank, signal.SIGKILL)
         os._exit(1)
@@ -123,7 +138,7 @@ def ranks() -> list[int]:
 
 
 def end_stopped_ranks_soon() -> None:
-    """Shorten the wait for ranks after SIGTERM. torch 2.13 has --shutdown-timeout, but where a rank fails it takes 30."""
+    """Shorten the wait for ranks after SIGTERM. Where a rank fails torch 2.13 waits 30 s, whatever --shutdown-timeout."""
     close = SubprocessContext.close
 
     def sooner(self: Any, death_sig: signal.Signals | None = None, timeout: int = STOPPED) -> None:

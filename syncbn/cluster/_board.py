@@ -14,8 +14,9 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-from torch.distributed import DistError, TCPStore
+import torch.distributed as dist
 
 from ._addresses import HOST, HostError, listener
 
@@ -30,14 +31,14 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where `nodes` hosts meet within `timeout` seconds, and the `address` by which this one is known."""
+    """Where `nodes` hosts meet within `timeout` seconds, and this one's own `address`."""
 
     head: str
     port: int
     nodes: int
     timeout: float
     address: str
-    is_head: bool
+    listen: str | None  # the head node's; "" for all interfaces
 
 
 class Board:
@@ -48,10 +49,9 @@ class Board:
     """
 
     def __init__(self, meeting: Meeting) -> None:
-        self._meeting = meeting
-        if meeting.is_head:
-            port = listener(meeting.head, meeting.port).detach()
-            self._server = _store(meeting, is_master=True, master_listen_fd=port)
+        self.meeting = meeting
+        if meeting.listen is not None:
+            self._server = _serve(meeting, listener(meeting.listen, meeting.port))
         else:
             _reach(meeting)
         self._store = _store(meeting)
@@ -62,55 +62,55 @@ class Board:
         Raises:
             HostError: another number of hosts was given elsewhere.
         """
-        nodes = self._store.compare_set("nodes", "", str(self._meeting.nodes)).decode()
+        given = self.meeting.nodes
+        nodes = int(self._store.compare_set("nodes", "", str(given)))
         number = self._store.add("hosts", 1)
         self._store.set(f"host {number}", HOST)
-        if nodes != str(self._meeting.nodes):
-            problem = f"{HOST} was given --nodes {self._meeting.nodes}, the head node --nodes {nodes}"
-            if number <= int(nodes):  # not a job that runs already
+        if nodes != given:
+            problem = f"{HOST} was given --nodes {given}, the head node --nodes {nodes}"
+            if number <= nodes:  # not a job that runs already
                 self.fail(problem)
             raise HostError(problem)
 
-    def missing(self) -> str:
-        """Say which hosts came, if there are fewer than there must be."""
+    def came(self) -> list[str]:
+        """Return the hosts that came so far."""
         hosts = [self._store.get(f"host {n + 1}").decode() for n in range(self._store.add("hosts", 0))]
-        if len(hosts) >= self._meeting.nodes:
-            return ""
-        return f"{len(hosts)} of {self._meeting.nodes} hosts came ({', '.join(hosts)})"
+        return list(dict.fromkeys(hosts))  # one that was lost may have come again
 
     def fail(self, why: str) -> None:
         """Tell the others that the job cannot go on. The first reason stays."""
-        with suppress(DistError):
+        with suppress(dist.DistError):
             self._store.compare_set("failure", "", why)
 
     def failure(self) -> str:
         """Return why the job cannot go on; "" while it can."""
-        impatient(self._meeting.head, self._meeting.port)
+        impatient(self.meeting.head, self.meeting.port)
         try:
             return self._store.get("failure").decode() if self._store.check(["failure"]) else ""
-        except DistError:
-            return f"the connection to the head node at {self._meeting.head} is lost"
+        except dist.DistError:
+            return f"the connection to the head node at {self.meeting.head} is lost"
 
     def leave(self) -> None:
         """Say that this host is done. The head node, which has the store, waits for the others: 5 s at most."""
         deadline = time.monotonic() + 5
-        with suppress(DistError):
-            self._store.add("left", 1)
-            while self._meeting.is_head and self._store.add("left", 0) < self._meeting.nodes:
-                if time.monotonic() > deadline:
-                    break
+        with suppress(dist.DistError):
+            left = self._store.add("left", 1)
+            while self.meeting.listen is not None and left < self.meeting.nodes and time.monotonic() < deadline:
                 time.sleep(0.05)
+                left = self._store.add("left", 0)
 
 
-def _store(meeting: Meeting, **server: int) -> TCPStore:
-    return TCPStore(
-        meeting.head,
-        meeting.port,
-        is_master=bool(server.pop("is_master", False)),
-        timeout=STORE_SECONDS,
-        wait_for_workers=False,
-        multi_tenant=True,
-        **server,
+def _serve(meeting: Meeting, socket: socket.socket) -> Any:
+    return _tcp_store(meeting, is_master=True, master_listen_fd=socket.detach())
+
+
+def _store(meeting: Meeting) -> Any:
+    return _tcp_store(meeting, is_master=False)
+
+
+def _tcp_store(meeting: Meeting, **options: Any) -> Any:
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        meeting.head, meeting.port, timeout=STORE_SECONDS, wait_for_workers=False, multi_tenant=True, **options
     )
 
 

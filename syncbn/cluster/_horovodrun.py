@@ -10,9 +10,9 @@ from ._hosts import listed
 from ._malloc import keep_memory
 from ._mpirun import OverSsh
 
-DESCRIPTION = """Run a training script in N ranks on this host, or on each of several, started by horovodrun (launch/install_horovod.sh
-installs it). Give the command on one host; it reaches the others by ssh, which must not ask for a password
-(~/.ssh/config has its settings).
+DESCRIPTION = """Run a training script in N ranks on this host, or on each of several, started by horovodrun
+(launch/install_horovod.sh installs it). Give the command on one host; it reaches the others by ssh, which must not ask
+for a password (~/.ssh/config has its settings).
 
 example: --hosts node1:2,node2:2 -- examples/detect_digits.py --steps 50"""
 

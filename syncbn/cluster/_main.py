@@ -28,10 +28,10 @@ LAUNCHERS: dict[str, tuple[type[Options], str, Callable[[Any], Command]]] = {
 }
 SUMMARY = f"""usage: python -m syncbn launch LAUNCHER [OPTION ...] -- SCRIPT [ARGUMENT ...]
 
-LAUNCHER is one of {", ".join(LAUNCHERS)}; LAUNCHER --help says more. SCRIPT is a Python script, or -m MODULE; it and the
-environment have the same path on every host. Each rank gets OMP_NUM_THREADS = cores / ranks of its host, unless that is
-set; and, on CPUs, MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=9223372036854775807, with which it keeps the memory of
-freed tensors, unless you set malloc yourself (GLIBC_TUNABLES=glibc.malloc.hugetlb=0 leaves it as it is).
+LAUNCHER is one of {", ".join(LAUNCHERS)}; LAUNCHER --help says more. SCRIPT is a Python script, or -m MODULE; it and
+the environment have the same path on every host. Each rank gets OMP_NUM_THREADS = cores / ranks of its host, unless that
+is set; and, on CPUs, MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=9223372036854775807, with which it keeps the memory
+of freed tensors, unless you set malloc yourself (GLIBC_TUNABLES=glibc.malloc.hugetlb=0 leaves it as it is).
 A rank that fails ends the whole job, and the exit status is then not 0."""
 
 
@@ -54,7 +54,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
 def _launch(name: str, arguments: Sequence[str]) -> int:
     if name not in LAUNCHERS:
         asked = name in ("-h", "--help")
-        print(SUMMARY if asked else f"{SUMMARY}\n\nno such launcher: {name!r}", file=sys.stdout if asked else sys.stderr)
+        print(
+            SUMMARY if asked else f"{SUMMARY}\n\nno such launcher: {name!r}", file=sys.stdout if asked else sys.stderr
+        )
         return 0 if asked else 2
     kind, description, command = LAUNCHERS[name]
     options = parse(kind, f"syncbn launch {name}", description, arguments)

