@@ -42,7 +42,14 @@ LAYERS = [
     {"_convert", "_launcher", "_parallel", "_population"},
     {"_torch_conversion", "_in_sync"},
     {""},
-    {"cli._measure", "cli._report", "cli._network", "cli._malloc"},
+    {"cluster._addresses", "cluster._malloc"},
+    {"cluster._options", "cluster._hosts", "cluster._network", "cluster._board"},
+    {"cluster._command", "cluster._agent"},
+    {"cluster._torchrun", "cluster._mpirun", "cluster._slurm"},
+    {"cluster._horovodrun"},
+    {"cluster._main"},
+    {"cluster", "cluster.__main__"},
+    {"cli._measure", "cli._report"},
     {"cli._job", "cli._training"},
     {"cli._bench", "cli._installation", "cli._cluster", "cli._comparison"},
     {"cli._doctor", "cli._model"},
@@ -276,6 +283,45 @@ def test_a_layer_on_the_cpu_loads_no_triton_kernels(also, loaded):
     assert job.stdout.strip() == loaded
 
 
+# Run where there is no torch yet, or where its import would double the time to start.
+BARE = {
+    f"cluster.{name}"
+    for name in [
+        "_addresses",
+        "_malloc",
+        "_options",
+        "_hosts",
+        "_command",
+        "_torchrun",
+        "_mpirun",
+        "_horovodrun",
+        "_slurm",
+        "_main",
+    ]
+}
+
+
+@pytest.mark.parametrize("name", sorted(BARE))
+def test_launching_needs_the_standard_library_alone(name):
+    """But for torchrun's agent, which imports torch inside a function."""
+    at_the_top = {full.split(".")[0] for full in imported(name, SOURCES[name], inside_functions=False)}
+    assert at_the_top - {"syncbn"} <= sys.stdlib_module_names
+    assert set(own_imports(name, SOURCES[name])) <= BARE | {"cluster", "cluster._agent"}
+
+
+@pytest.mark.parametrize(("launcher", "loads"), [("torchrun", False), ("agent", True)])
+def test_the_folder_of_the_launchers_loads_no_torch(launcher, loads):
+    """With a negative control: torchrun's agent does."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "cluster"), launcher, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert "usage: " in done.stdout
+    assert (" torch\n" in done.stderr) == loads
+
+
+def test_what_is_sent_to_other_hosts_stands_alone():
+    assert not set(own_imports("cluster._addresses", SOURCES["cluster._addresses"]))
+
+
 def test_a_loaded_package_is_seen():
     """Negative control of the test above."""
     pytest.importorskip("mpi4py", reason="mpi4py is not installed")
@@ -283,9 +329,9 @@ def test_a_loaded_package_is_seen():
 
 
 def test_public_modules():
-    """Every other file starts with an underscore; the packages `kernels` and `cli` gather private files."""
+    """Every other file starts with an underscore; `kernels`, `cluster` and `cli` gather private files."""
     public = {name for name in SOURCES if not any(part.startswith("_") for part in name.split("."))}
-    assert public == {"", "comm", "errors", "functional", "kernels", "cli"}
+    assert public == {"", "comm", "errors", "functional", "kernels", "cluster", "cli"}
 
 
 PUBLIC = {

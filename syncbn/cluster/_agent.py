@@ -1,15 +1,15 @@
 """torchrun in this process, with what it lacks where a job fails.
 
-The rendezvous, restarts and the way back of a lost host are torchrun's. Added are: sentences for its exceptions; the end
-of the job on all hosts, be it that their ranks wait or are done, when torchrun fails on one; a bound on the wait for a
+The rendezvous, restarts and the way back of a lost host are torchrun's. Added: sentences for its exceptions; the end of
+the job on all hosts, be it that their ranks wait or are done, when torchrun fails on one; a bound on the wait for a
 head node that is cut off; and 5 seconds, not 30, for a rank that is stopped and so deaf to SIGTERM.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -28,23 +28,17 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.run import main as torchrun
 
 from ._addresses import HOST
-from ._board import Board, Meeting, say
+from ._board import Board
+from ._meeting import Meeting, say
 
 GRACE = 10  # seconds for ranks to notice by themselves what happened elsewhere, as they know it best
 STOPPED = 5  # seconds for a rank to end after SIGTERM
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Meet, then run torchrun to its end; return its exit status."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    for option, kind in {"--head": str, "--port": int, "--nodes": int, "--timeout": float, "--address": str}.items():
-        parser.add_argument(option, type=kind)
-    parser.add_argument("--listen")
-    place = list(arguments).index("--")
-    where = parser.parse_args(arguments[:place])
+def main(arguments: Sequence[str], meeting: Meeting | None, server: socket.socket | None) -> int:
+    """Run torchrun to its end, on its own or as one of several; return its exit status."""
     end_stopped_ranks_soon()
-    board = Board(Meeting(**vars(where))) if where.head else None
-    return run(arguments[place + 1 :], board)
+    return run(arguments, None if meeting is None else Board(meeting, server))
 
 
 def run(arguments: Sequence[str], board: Board | None) -> int:
@@ -138,7 +132,7 @@ def ranks() -> list[int]:
 
 
 def end_stopped_ranks_soon() -> None:
-    """Shorten the wait for ranks after SIGTERM. Where a rank fails torch 2.13 waits 30 s, whatever --shutdown-timeout."""
+    """Shorten the wait for ranks after SIGTERM. After a failure torch 2.13 waits 30 s, whatever --shutdown-timeout."""
     close = SubprocessContext.close
 
     def sooner(self: Any, death_sig: signal.Signals | None = None, timeout: int = STOPPED) -> None:

@@ -8,53 +8,31 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
-import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from ._addresses import HOST, HostError, listener
+from ._addresses import HOST, HostError
+from ._meeting import Meeting
 
 SILENCE = 15
 STORE_SECONDS = timedelta(seconds=60)
 
 
-def say(text: str) -> None:
-    """Tell the user."""
-    print(f"syncbn launch torchrun: {text}", file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """Where `nodes` hosts meet within `timeout` seconds, and this one's own `address`."""
-
-    head: str
-    port: int
-    nodes: int
-    timeout: float
-    address: str
-    listen: str | None  # the head node's; "" for all interfaces
-
-
 class Board:
-    """This host's view of it.
+    """This host's view of it; `server` is the socket that the head node listens on."""
 
-    Raises:
-        HostError: the head node's port is taken, or it cannot be met in time.
-    """
-
-    def __init__(self, meeting: Meeting) -> None:
+    def __init__(self, meeting: Meeting, server: socket.socket | None) -> None:
         self.meeting = meeting
-        if meeting.listen is not None:
-            self._server = _serve(meeting, listener(meeting.listen, meeting.port))
-        else:
-            _reach(meeting)
-        self._store = _store(meeting)
+        self._server = None
+        if server is not None:
+            self._server = _store(meeting, is_master=True, master_listen_fd=server.detach())
+        unanswered = meeting.end_unless_answered()
+        self._store = _store(meeting, is_master=False)
+        unanswered.cancel()
 
     def come(self) -> None:
         """Put this host on it.
@@ -94,60 +72,16 @@ class Board:
         """Say that this host is done. The head node, which has the store, waits for the others: 5 s at most."""
         deadline = time.monotonic() + 5
         with suppress(dist.DistError):
-            left = self._store.add("left", 1)
-            while self.meeting.listen is not None and left < self.meeting.nodes and time.monotonic() < deadline:
+            left, came = self._store.add("left", 1), min(self._store.add("hosts", 0), self.meeting.nodes)
+            while self.meeting.listen is not None and left < came and time.monotonic() < deadline:
                 time.sleep(0.05)
                 left = self._store.add("left", 0)
 
 
-def _serve(meeting: Meeting, socket: socket.socket) -> Any:
-    return _tcp_store(meeting, is_master=True, master_listen_fd=socket.detach())
-
-
-def _store(meeting: Meeting) -> Any:
-    return _tcp_store(meeting, is_master=False)
-
-
-def _tcp_store(meeting: Meeting, **options: Any) -> Any:
+def _store(meeting: Meeting, **options: Any) -> Any:
     return dist.TCPStore(  # type: ignore[attr-defined]
         meeting.head, meeting.port, timeout=STORE_SECONDS, wait_for_workers=False, multi_tenant=True, **options
     )
-
-
-def _reach(meeting: Meeting) -> None:
-    """Wait until there is a connection to the head node's store, from the address that the ranks will use."""
-    deadline = time.monotonic() + meeting.timeout
-    hint = threading.Timer(2, say, [f"no head node at {meeting.head} port {meeting.port} yet; waiting for it"])
-    hint.daemon = True
-    hint.start()
-    while True:
-        try:
-            socket.create_connection((meeting.head, meeting.port), 5, (meeting.address, 0)).close()
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise HostError(unmet(meeting, error.strerror or str(error))) from None
-            time.sleep(0.2)
-    hint.cancel()
-    answered = threading.Timer(10, _end_unmet, [meeting])
-    answered.daemon = True
-    answered.start()
-    _store(meeting)  # waits for ever for a program that is no store
-    answered.cancel()
-
-
-def unmet(meeting: Meeting, error: str) -> str:
-    """Say that the head node is out of reach."""
-    return (
-        f"{HOST} could not meet the head node at {meeting.head} port {meeting.port} within {meeting.timeout:g} s, from "
-        f"its own address {meeting.address} ({error}): start the same command there, check firewalls, or give another "
-        "--interface"
-    )
-
-
-def _end_unmet(meeting: Meeting) -> None:
-    say(f"error: {unmet(meeting, 'another program has the port')}")
-    os._exit(1)
 
 
 def impatient(address: str, port: int) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from . import _horovodrun, _mpirun, _slurm, _torchrun
+from . import _horovodrun, _meeting, _mpirun, _slurm, _torchrun
 from ._addresses import HostError
 from ._command import Command, start
 from ._mpirun import OverSsh
@@ -29,9 +29,9 @@ LAUNCHERS: dict[str, tuple[type[Options], str, Callable[[Any], Command]]] = {
 SUMMARY = f"""usage: python -m syncbn launch LAUNCHER [OPTION ...] -- SCRIPT [ARGUMENT ...]
 
 LAUNCHER is one of {", ".join(LAUNCHERS)}; LAUNCHER --help says more. SCRIPT is a Python script, or -m MODULE; it and
-the environment have the same path on every host. Each rank gets OMP_NUM_THREADS = cores / ranks of its host, unless that
-is set; and, on CPUs, MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=9223372036854775807, with which it keeps the memory
-of freed tensors, unless you set malloc yourself (GLIBC_TUNABLES=glibc.malloc.hugetlb=0 leaves it as it is).
+the environment have the same path on every host. Each rank gets OMP_NUM_THREADS = cores / ranks of its host, unless
+that is set; and, on CPUs, MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=9223372036854775807, with which it keeps
+the memory of freed tensors, unless you set malloc yourself (GLIBC_TUNABLES=glibc.malloc.hugetlb=0 leaves it as it is).
 A rank that fails ends the whole job, and the exit status is then not 0."""
 
 
@@ -39,10 +39,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
     """Become the launcher that the command line names."""
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
     try:
-        if name == "agent":  # torchrun's, and
-            from . import _agent
-
-            sys.exit(_last_words(_agent.main(rest)))
+        if name == "agent":  # torchrun's
+            sys.exit(_last_words(run_agent(rest)))
         if name == "rank":  # the command of each of its ranks
             become_rank(rest)
         sys.exit(_launch(name, rest))
@@ -65,6 +63,21 @@ def _launch(name: str, arguments: Sequence[str]) -> int:
         return run_task([*made.words, *options.script], {**os.environ, **made.settings})
     start(made, options)
     return 0
+
+
+def run_agent(arguments: Sequence[str]) -> int:
+    """Run torchrun in this process, after what needs no torch."""
+    place = list(arguments).index("--")
+    meeting = _meeting.read(arguments[:place])
+    server = None if meeting is None else meeting.come()
+    # Of a lost connection torch's C++ code prints its own stack. For this process alone, not for its ranks.
+    quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from . import _agent
+
+    if quiet:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
+    return _agent.main(arguments[place + 1 :], meeting, server)
 
 
 def _last_words(status: int) -> int:

@@ -112,5 +112,5 @@ def _split(arguments: Sequence[str], flags: set[str]) -> tuple[list[str], list[s
     place = 0
     while place < len(arguments) and arguments[place].startswith("-") and arguments[place] not in ("--", "-m"):
         place += 1 if arguments[place] in flags or "=" in arguments[place] else 2
-    ours, rest = arguments[:place], arguments[place:]
-    return list(ours), list(rest[1:] if rest[:1] == ["--"] else rest)
+    ours, rest = list(arguments[:place]), list(arguments[place:])
+    return ours, rest[1:] if rest[:1] == ["--"] else rest

@@ -17,8 +17,8 @@ from ._malloc import keep_memory
 from ._options import Options, at_least, option
 
 DESCRIPTION = """In a batch script, or within salloc: run a training script in P ranks on each of the N nodes of the
-job. Each is a task of srun, and syncbn.init() makes the world from SLURM's variables; or, with --torchrun, a torchrun on
-each node starts them. A rank that fails ends the whole job, which then counts as FAILED."""
+job. Each is a task of srun, and syncbn.init() makes the world from SLURM's variables; or, with --torchrun, a torchrun
+on each node starts them. A rank that fails ends the whole job, which then counts as FAILED."""
 RANK = """What each task of `launch slurm` runs, for batch scripts of your own, too:
 
     srun --kill-on-bad-exit=1 launch/slurm-rank.sh train.py
