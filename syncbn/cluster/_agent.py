@@ -77,6 +77,8 @@ def _outcome(arguments: Sequence[str], board: Board | None) -> str:
         print(error.format_msg(), file=sys.stderr, flush=True)  # type: ignore[no-untyped-call]
         return f"the job failed on {HOST}"
     except SignalException as error:
+        if board is not None and (why := board.failure()):
+            return why  # `watch` has said so, and sent the signal
         why = f"the job was ended by {error.sigval.name} on {HOST}"
     except (RendezvousTimeoutError, RendezvousClosedError, RendezvousConnectionError) as error:
         assert board is not None
@@ -108,9 +110,11 @@ def watch(board: Board, done: threading.Event) -> None:
         if done.wait(1):
             return
     deadline = time.monotonic() + GRACE
-    while ranks() and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
         if done.wait(0.2):
             return
+        if not ranks():  # torchrun may be about to say why
+            deadline = min(deadline, time.monotonic() + 2)
     say(f"error: {why}: ending it on {HOST}")
     seconds = 2 * STOPPED if ranks() else 1
     os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes it on
