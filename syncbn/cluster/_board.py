@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ._addresses import HOST, HostError
 from ._meeting import Meeting
 
-SILENCE = 15
+SILENCE = 30  # seconds: a link that is back by then has cost nothing
 STORE_SECONDS = timedelta(seconds=60)
 
 
@@ -92,7 +92,7 @@ def impatient(address: str, port: int) -> None:
                 continue
             with socket.socket(fileno=os.dup(int(number))) as connection:
                 there = connection.getpeername()
-                if isinstance(there, tuple) and there[0].endswith(address) and there[1] == port:
+                if there[:2] in ((address, port), (f"::ffff:{address}", port)):
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE // 3)
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE // 3)

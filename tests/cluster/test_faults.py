@@ -84,7 +84,7 @@ def test_a_host_that_never_comes(hosts, there: int) -> None:
     place = ("--nodes", "2", "--procs-per-node", "2", "--master", "node1", "--timeout", "4")
     began = time.monotonic()
     job = host.run("bash", "launch/torchrun.sh", *place, "--", STEPS_JOB)
-    assert 3 < time.monotonic() - began < 15
+    assert 3 < time.monotonic() - began < 45  # the head node imports torch first
     assert job.returncode == 1
     said = (
         "1 of 2 hosts came within 4 s (node1)",
@@ -98,7 +98,7 @@ def test_hosts_that_disagree(hosts) -> None:
     place = ("bash", "launch/torchrun.sh", "--procs-per-node", "2", "--master", "node1", "--nodes")
     jobs = [first.start(*place, "2", "--", STEPS_JOB), second.start(*place, "3", "--", STEPS_JOB)]
     for job in jobs:
-        assert job.wait(20).returncode == 1
+        assert job.wait(60).returncode == 1
         assert "node2 was given --nodes 3, the head node --nodes 2" in job.stdout
 
 
@@ -230,3 +230,29 @@ def test_a_stopped_rank(hosts, launch) -> None:
     assert 0 not in job.end()
     print(f"all had ended {time.monotonic() - began:.1f} s after a rank was stopped\n{job.stdout}")
     assert time.monotonic() - began < 8 + 5 + 20  # init's timeout, the agent's patience with it, a busy machine
+
+
+STRANGER = """
+import socket, time
+connections = []
+for words in (b"5\\n", b"[" * 100_000, b"GET / HTTP/1.1\\r\\n\\r\\n", b"", b""):
+    while True:
+        try:
+            connections.append(socket.create_connection(("10.77.0.1", 29400)))
+            break
+        except OSError:
+            time.sleep(0.05)
+    connections[-1].sendall(words)
+print("strangers are there", flush=True)
+time.sleep(99)
+"""
+
+
+def test_strangers_at_the_port(hosts, launch) -> None:
+    """From before the hosts meet on: none of them counts, disturbs or holds up the end."""
+    first, second = hosts(2)
+    strangers = second.start("python", "-c", STRANGER)
+    job = launch("torchrun", [first, second], STEPS_JOB, 30, 20, seconds=100)
+    assert [running.wait(110).returncode for running in job.jobs] == [0, 0], job.stdout
+    assert "strangers are there" in strangers.stdout
+    strangers.process.kill()
