@@ -46,8 +46,8 @@ LAYERS = [
     {"cluster._options", "cluster._hosts", "cluster._network", "cluster._meeting"},
     {"cluster._board"},
     {"cluster._command", "cluster._agent"},
-    {"cluster._torchrun", "cluster._mpirun", "cluster._slurm"},
-    {"cluster._horovodrun"},
+    {"cluster._torchrun", "cluster._over_ssh", "cluster._slurm"},
+    {"cluster._mpirun", "cluster._horovodrun"},
     {"cluster._main"},
     {"cluster", "cluster.__main__"},
     {"cli._measure", "cli._report"},
@@ -285,7 +285,7 @@ def test_a_layer_on_the_cpu_loads_no_triton_kernels(also, loaded):
 
 
 # Run where there is no torch yet, or where its import would double the time to start.
-LAUNCHING = "_addresses _malloc _options _hosts _meeting _command _torchrun _mpirun _horovodrun _slurm _main"
+LAUNCHING = "_addresses _malloc _options _hosts _meeting _command _torchrun _over_ssh _mpirun _horovodrun _slurm _main"
 BARE = {f"cluster.{name}" for name in LAUNCHING.split(" ")}
 
 

@@ -18,8 +18,9 @@ from syncbn.cluster._addresses import HOST, Head, HostError, Interface
 from syncbn.cluster._horovodrun import horovodrun
 from syncbn.cluster._hosts import Hosts
 from syncbn.cluster._main import LAUNCHERS, main
-from syncbn.cluster._mpirun import OverSsh, mpirun
+from syncbn.cluster._mpirun import mpirun
 from syncbn.cluster._options import parse
+from syncbn.cluster._over_ssh import OverSsh
 from syncbn.cluster._slurm import Slurm, SlurmRank, slurm, slurm_rank
 from syncbn.cluster._torchrun import Torchrun, torchrun
 
@@ -172,7 +173,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr("syncbn.cluster._mpirun.find_spec", lambda name: name)
-    monkeypatch.setattr("syncbn.cluster._mpirun.ask_all", lambda *_: TWO)
+    monkeypatch.setattr("syncbn.cluster._over_ssh.ask_all", lambda *_: TWO)
     return make
 
 

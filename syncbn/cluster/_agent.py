@@ -81,7 +81,8 @@ def _outcome(arguments: Sequence[str], board: Board | None) -> str:
             return why  # `watch` has said so, and sent the signal
         why = f"the job was ended by {error.sigval.name} on {HOST}"
     except (RendezvousTimeoutError, RendezvousClosedError, RendezvousConnectionError) as error:
-        assert board is not None
+        if board is None:
+            raise
         why = board.failure() or _rendezvous_failed(error, board)
     say(f"error: {why}")
     return why

