@@ -48,17 +48,16 @@ def run(arguments: Sequence[str], board: Board | None) -> int:
     if board is None:
         return 1 if _outcome(arguments, board) else 0
     done = threading.Event()
-    watching = threading.Thread(target=watch, args=(board, done), daemon=True)
     try:
         board.come()
-        watching.start()
+        threading.Thread(target=watch, args=(board, done), daemon=True).start()
         why = _outcome(arguments, board)
         if why:
             board.fail(why)
     finally:
         done.set()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from srun or `watch`, too late: the status is known
         board.leave()
-    watching.join(2)
     return 1 if why else 0
 
 

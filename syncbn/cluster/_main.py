@@ -40,7 +40,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
     try:
         if name == "agent":  # torchrun's
-            sys.exit(_last_words(run_agent(rest)))
+            status = _last_words(run_agent(rest))
+            sys.stdout.flush()
+            os._exit(status)  # not by way of Python's end, where SIGTERM has its default again, and torch its threads
         if name == "rank":  # the command of each of its ranks
             become_rank(rest)
         sys.exit(_launch(name, rest))
