@@ -46,7 +46,15 @@ LAYERS = [
     {"_torch_conversion", "_in_sync", "_optimizer_state"},
     {"_uneven"},
     {""},
-    {"cli._measure", "cli._report", "cli._network", "cli._malloc"},
+    {"cluster._addresses", "cluster._malloc"},
+    {"cluster._options", "cluster._hosts", "cluster._network", "cluster._meeting"},
+    {"cluster._board"},
+    {"cluster._command", "cluster._agent"},
+    {"cluster._torchrun", "cluster._over_ssh", "cluster._slurm"},
+    {"cluster._mpirun", "cluster._horovodrun"},
+    {"cluster._main"},
+    {"cluster", "cluster.__main__"},
+    {"cli._measure", "cli._report"},
     {"cli._job", "cli._training"},
     {"cli._bench", "cli._installation", "cli._cluster", "cli._comparison"},
     {"cli._doctor", "cli._model"},
@@ -283,6 +291,32 @@ def test_a_layer_on_the_cpu_loads_no_triton_kernels(also, loaded):
     assert job.stdout.strip() == loaded
 
 
+# Run where there is no torch yet, or where its import would double the time to start.
+LAUNCHING = "_addresses _malloc _options _hosts _meeting _command _torchrun _over_ssh _mpirun _horovodrun _slurm _main"
+BARE = {f"cluster.{name}" for name in LAUNCHING.split(" ")}
+
+
+@pytest.mark.parametrize("name", sorted(BARE))
+def test_launching_needs_the_standard_library_alone(name):
+    """But for torchrun's agent, which imports torch inside a function."""
+    at_the_top = {full.split(".")[0] for full in imported(name, SOURCES[name], inside_functions=False)}
+    assert at_the_top - {"syncbn"} <= sys.stdlib_module_names
+    assert set(own_imports(name, SOURCES[name])) <= BARE | {"cluster", "cluster._agent"}
+
+
+@pytest.mark.parametrize(("words", "loads"), [(["torchrun", "--help"], False), (["agent", "--", "--help"], True)])
+def test_the_folder_of_the_launchers_loads_no_torch(words, loads):
+    """With a negative control: torchrun's agent does."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "cluster"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert "usage: " in done.stdout
+    assert (" torch\n" in done.stderr) == loads
+
+
+def test_what_is_sent_to_other_hosts_stands_alone():
+    assert not set(own_imports("cluster._addresses", SOURCES["cluster._addresses"]))
+
+
 def test_a_loaded_package_is_seen():
     """Negative control of the test above."""
     pytest.importorskip("mpi4py", reason="mpi4py is not installed")
@@ -290,9 +324,9 @@ def test_a_loaded_package_is_seen():
 
 
 def test_public_modules():
-    """Every other file starts with an underscore; the packages `kernels` and `cli` gather private files."""
+    """Every other file starts with an underscore; `kernels`, `cluster` and `cli` gather private files."""
     public = {name for name in SOURCES if not any(part.startswith("_") for part in name.split("."))}
-    assert public == {"", "comm", "errors", "functional", "kernels", "cli"}
+    assert public == {"", "comm", "errors", "functional", "kernels", "cluster", "cli"}
 
 
 PUBLIC = {

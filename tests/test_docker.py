@@ -42,6 +42,13 @@ def test_copies_what_there_is(dockerfile: str) -> None:
         assert in_context(path), f".dockerignore keeps {path} from the build"
 
 
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_the_image_has_what_the_scripts_run(dockerfile: str) -> None:
+    folder = re.search(r'"\$root/(\S+)" "\$@"', (ROOT / "launch/common.sh").read_text())
+    assert folder is not None
+    assert {"launch", folder[1]} <= set(copied(dockerfile))
+
+
 def test_context_has_what_the_build_needs() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     needed = [

@@ -19,7 +19,7 @@ from syncbn.cli import _doctor, _installation, main
 from syncbn.cli._cluster import Collective, Facts, _measured, collectives, facts, findings, merged
 from syncbn.cli._installation import Part
 from syncbn.cli._job import exchange, gather
-from syncbn.cli._network import choose, suspicions
+from syncbn.cluster._network import choose, suspicions
 from syncbn.comm import run_threads
 from syncbn.errors import LaunchError
 

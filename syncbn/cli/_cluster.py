@@ -19,12 +19,12 @@ from torch import Tensor
 import syncbn
 from syncbn._compiled import native
 from syncbn._launcher import Launch
+from syncbn.cluster._malloc import REMEDY, gives_memory_back
+from syncbn.cluster._network import Network
 from syncbn.comm import Communicator, SharedMemory, TorchDistributed
 from syncbn.errors import BackendError
 
 from ._job import plural
-from ._malloc import REMEDY, gives_memory_back
-from ._network import Network
 
 NUMEL = 129  # the collective of a layer of 64 channels
 REPEATS = 11

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from syncbn._launcher import Launch, detect
+from syncbn.cluster._network import network
 from syncbn.errors import LaunchError
 
 from ._cluster import Collective, Facts, Finding, by_host, collectives, facts, findings, merged
 from ._installation import Part, parts
 from ._job import Deadline, end, exchange, join, plural, table
-from ._network import network
 
 
 @dataclass(frozen=True)

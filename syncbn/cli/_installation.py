@@ -20,12 +20,12 @@ import torch.distributed as dist
 
 import syncbn
 from syncbn._launcher import Launch
+from syncbn.cluster._malloc import REMEDY, gives_memory_back
+from syncbn.cluster._network import network
 from syncbn.comm import Communicator, SharedMemory, run_threads
 from syncbn.errors import SyncBatchNormError
 
 from ._job import plural
-from ._malloc import REMEDY, gives_memory_back
-from ._network import network
 
 PROBE_SECONDS = 60.0
 

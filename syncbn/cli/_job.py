@@ -17,9 +17,8 @@ from torch import Tensor
 
 import syncbn
 from syncbn._launcher import Launch
+from syncbn.cluster._network import network, suspicions
 from syncbn.comm import Communicator
-
-from ._network import network, suspicions
 
 
 class Deadline:

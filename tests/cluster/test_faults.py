@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -36,8 +37,8 @@ def test_an_interface_that_leads_elsewhere(hosts, launch, launcher: str) -> None
         )
         assert "1 of 2 hosts came within 5 s (node1)" in job.stdout
     else:
-        assert (
-            "node2 cannot connect to the host of the launcher at 192.168.7.1 through eth1 (192.168.7.2)" in job.stdout
+        assert re.search(
+            r"node2 cannot connect to the host of the launcher at 192.168.7.1 port \d+ through eth1", job.stdout
         )
 
 
@@ -51,7 +52,7 @@ def test_an_interface_that_leads_elsewhere(hosts, launch, launcher: str) -> None
         ("horovodrun", ["--hosts", "127.0.0.1:2,node2:2"], "127.0.0.1 stands for 127.0.0.1 on node1"),
         ("mpirun", ["--hosts", "node1:2,node9:2"], "node1 does not know the name 'node9'"),
         ("mpirun", ["--hosts", "node1:2,10.77.0.1:2"], "node1 is in --hosts node1:2,10.77.0.1:2 more than once"),
-        ("mpirun", ["--hosts", "node1:2,node2"], "expected --hosts NODE:RANKS,..."),
+        ("mpirun", ["--hosts", "node1:2,node2"], "expected HOST:N,HOST:N,... with each host once"),
     ],
 )
 def test_hosts_that_cannot_be_meant(hosts, launcher: str, place: list[str], said: str) -> None:
@@ -59,7 +60,7 @@ def test_hosts_that_cannot_be_meant(hosts, launcher: str, place: list[str], said
     more = ["--nodes", "2", "--procs-per-node", "2"] if launcher == "torchrun" else []
     began = time.monotonic()
     job = first.run("bash", f"launch/{launcher}.sh", *more, *place, "--", STEPS_JOB)
-    assert job.returncode == 1
+    assert job.returncode in (1, 2)  # 2: of the command line alone
     assert said in job.stdout
     assert time.monotonic() - began < 10
 
@@ -83,7 +84,7 @@ def test_a_host_that_never_comes(hosts, there: int) -> None:
     place = ("--nodes", "2", "--procs-per-node", "2", "--master", "node1", "--timeout", "4")
     began = time.monotonic()
     job = host.run("bash", "launch/torchrun.sh", *place, "--", STEPS_JOB)
-    assert 3 < time.monotonic() - began < 15
+    assert 3 < time.monotonic() - began < 45  # the head node imports torch first
     assert job.returncode == 1
     said = (
         "1 of 2 hosts came within 4 s (node1)",
@@ -97,8 +98,8 @@ def test_hosts_that_disagree(hosts) -> None:
     place = ("bash", "launch/torchrun.sh", "--procs-per-node", "2", "--master", "node1", "--nodes")
     jobs = [first.start(*place, "2", "--", STEPS_JOB), second.start(*place, "3", "--", STEPS_JOB)]
     for job in jobs:
-        assert job.wait(20).returncode == 1
-        assert "node2 was given --nodes 3, the head node node1 --nodes 2" in job.stdout
+        assert job.wait(60).returncode == 1
+        assert "node2 was given --nodes 3, the head node --nodes 2" in job.stdout
 
 
 def test_a_host_that_is_down(hosts, launch, launcher: str) -> None:
@@ -132,7 +133,7 @@ def test_a_port_in_use(hosts, launch) -> None:
     statuses = [j.wait(30).returncode for j in job.jobs]
     other.process.kill()
     assert statuses == [1, 1]
-    assert "port 29400 of the head node node1 cannot be had (Address already in use)" in job.jobs[0].stdout
+    assert "port 29400 of node1 cannot be had (Address already in use)" in job.jobs[0].stdout
     assert "(another program has the port)" in job.jobs[1].stdout
 
 
@@ -149,7 +150,7 @@ def test_a_rank_killed_on_the_other_host(hosts, launch, launcher: str) -> None:
 
 
 def _ranks(host: Host) -> list[int]:
-    others = ("torchrun", "together.py", "horovodrun", "mpirun", "prted", "bash", "sh -c", "timeout", "ssh")
+    others = ("syncbn/cluster", "horovodrun", "mpirun", "prted", "bash", "sh -c", "timeout", "ssh")
     return [
         pid
         for pid, command in host.processes().items()
@@ -181,3 +182,77 @@ def test_restart_after_a_killed_rank(hosts, launch) -> None:
     second.check("kill", "-9", str(_ranks(second)[-1]))
     assert job.end() == [0, 0], job.stdout
     assert all(f"rank {rank} is done" in job.stdout for rank in range(4))
+
+
+@pytest.mark.parametrize("lost", ["the agent", "the host"])
+def test_a_host_that_comes_back(hosts, launch, lost: str) -> None:
+    """Torchrun's own elasticity. The ranks end with their agent."""
+    job = launch("torchrun", hosts(2), STEPS_JOB, 30, 100, options=["--max-restarts", "1"], seconds=150)
+    job.wait_for(TRAINING)
+    second = job.hosts[1]
+    assert second.kill("syncbn/cluster agent" if lost == "the agent" else "") >= 1
+    began = time.monotonic()
+    second.wait_until_empty(5)
+    assert job.jobs[1].wait(5).returncode != 0
+    job.jobs[1] = second.start(*job.jobs[1].command)
+    assert job.end() == [0, 0], job.stdout
+    assert all(f"rank {rank} is done" in job.stdout for rank in range(4))
+    print(f"{lost} was lost: the job had ended {time.monotonic() - began:.1f} s later\n{job.stdout}")
+
+
+def test_a_host_that_does_not_come_back(hosts, launch) -> None:
+    options = ["--max-restarts", "1", "--timeout", "20"]
+    job = launch("torchrun", hosts(2), STEPS_JOB, 30, MANY, options=options, seconds=100)
+    job.wait_for(TRAINING)
+    began = time.monotonic()
+    job.hosts[1].kill("syncbn/cluster agent")
+    assert 0 not in job.end()
+    assert "a host was lost and did not come back to node1 within 20 s" in job.jobs[0].stdout
+    assert time.monotonic() - began < 60
+
+
+def test_a_killed_agent_ends_the_job(hosts, launch) -> None:
+    job = launch("torchrun", hosts(2), STEPS_JOB, 30, MANY, seconds=100)
+    job.wait_for(TRAINING)
+    began = time.monotonic()
+    job.hosts[0].kill("syncbn/cluster agent")  # the head node's
+    assert 0 not in job.end()
+    print(f"all had ended {time.monotonic() - began:.1f} s after the agent of the head node was killed\n{job.stdout}")
+    assert time.monotonic() - began < 45
+
+
+def test_a_stopped_rank(hosts, launch) -> None:
+    job = launch("torchrun", hosts(2), STEPS_JOB, 8, MANY, seconds=100)
+    job.wait_for(TRAINING)
+    began = time.monotonic()
+    second = job.hosts[1]
+    second.check("kill", "-STOP", str(_ranks(second)[-1]))
+    assert 0 not in job.end()
+    print(f"all had ended {time.monotonic() - began:.1f} s after a rank was stopped\n{job.stdout}")
+    assert time.monotonic() - began < 8 + 5 + 20  # init's timeout, the agent's patience with it, a busy machine
+
+
+STRANGER = """
+import socket, time
+connections = []
+for words in (b"5\\n", b"[" * 100_000, b"GET / HTTP/1.1\\r\\n\\r\\n", b"", b""):
+    while True:
+        try:
+            connections.append(socket.create_connection(("10.77.0.1", 29400)))
+            break
+        except OSError:
+            time.sleep(0.05)
+    connections[-1].sendall(words)
+print("strangers are there", flush=True)
+time.sleep(99)
+"""
+
+
+def test_strangers_at_the_port(hosts, launch) -> None:
+    """From before the hosts meet on: none of them counts, disturbs or holds up the end."""
+    first, second = hosts(2)
+    strangers = second.start("python", "-c", STRANGER)
+    job = launch("torchrun", [first, second], STEPS_JOB, 30, 20, seconds=100)
+    assert [running.wait(110).returncode for running in job.jobs] == [0, 0], job.stdout
+    assert "strangers are there" in strangers.stdout
+    strangers.process.kill()

@@ -17,9 +17,10 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture(scope="module")
 def mpich(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with launch/, which finds no environment beside itself, and one with MPICH before all we have."""
+    """A folder with launch/ and what it runs, without an environment, and one with MPICH before all we have."""
     folder = tmp_path_factory.mktemp("mpich")
     shutil.copytree(ROOT / "launch", folder / "launch")
+    shutil.copytree(ROOT / "syncbn" / "cluster", folder / "syncbn" / "cluster")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--ignore-installed"]
     subprocess.run([*pip, "--prefix", str(folder / "env"), "mpich", "mpi4py"], check=True, timeout=100)

@@ -1,18 +1,16 @@
-"""This host's name, addresses and interfaces, and the interface that the ranks' messages take."""
+"""The interface that the messages of this rank take, and whether the others can reach it there: for doctor."""
 
 from __future__ import annotations
 
-import fcntl
-import ipaddress
-import socket
-import struct
 from dataclasses import dataclass
 
 from syncbn._launcher import Environment, Launch
 
+from . import _addresses
+from ._addresses import HOST, is_loopback
+
 # Which variable names the interface; where it is unset, the host's own name decides. MPI chooses by itself.
 VARIABLES = {"torchrun": "GLOO_SOCKET_IFNAME", "srun": "GLOO_SOCKET_IFNAME", "horovodrun": "HOROVOD_GLOO_IFACE"}
-_SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Network:
 
     def reachable(self, address: str) -> bool:
         """Tell whether other hosts can reach this one by `address`."""
-        return bool(address) and not ipaddress.ip_address(address).is_loopback
+        return bool(address) and not is_loopback(address)
 
     def listed(self) -> str:
         """Name the interfaces with their addresses."""
@@ -61,8 +59,13 @@ class Network:
 
 def network(launch: Launch, env: Environment) -> Network:
     """Look at this host."""
-    host = socket.gethostname()
-    return choose(launch, env, host, resolve(host), interfaces())
+    found = {interface.name: interface.address for interface in _addresses.interfaces()}
+    return choose(launch, env, HOST, resolve(HOST), found)
+
+
+def resolve(name: str) -> str:
+    """Return the first address of `name`, or ""."""
+    return next(iter(_addresses.resolve(name)), "")
 
 
 def choose(launch: Launch, env: Environment, host: str, name_address: str, found: dict[str, str]) -> Network:
@@ -107,25 +110,4 @@ def suspicions(launch: Launch, env: Environment, here: Network) -> list[str]:
             f"MASTER_ADDR={head} is {resolve(head) or 'unknown'} on {here.host}: it must be an address of rank 0's "
             "host that every host can reach"
         )
-    return found
-
-
-def resolve(name: str) -> str:
-    """Return the first address of `name`, or ""."""
-    try:
-        return str(socket.getaddrinfo(name, None, proto=socket.IPPROTO_TCP)[0][4][0])
-    except OSError:
-        return ""  # what is looked for here: a name that resolves to nothing
-
-
-def interfaces() -> dict[str, str]:
-    """Return the IPv4 address of every interface that has one."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:
-                continue  # it has none
-            found[name] = socket.inet_ntoa(answer[20:24])
     return found

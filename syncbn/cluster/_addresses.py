@@ -1,11 +1,7 @@
-"""This host's names, addresses and interfaces. Standard library only: the launch scripts also run it on other hosts.
+"""This host's names, addresses and interfaces. IPv4 only.
 
-    network.py head MASTER [INTERFACE]              which address is MASTER's, and which interface of ours leads there
-    network.py free PORT                            whether nobody here listens there
-    network.py reach ADDRESS PORT [INTERFACE]       whether packets get there, be it that nobody listens yet
-    network.py answer ADDRESS PORT [INTERFACE]      connect there and describe this host: see ask_hosts.py
-
-IPv4 only.
+Standard library only, and nothing of the package: `_hosts` sends this file to the Python of other hosts, where nothing
+need be installed, and has it run there as `python - ADDRESS PORT [INTERFACE]`, which is `answer`.
 """
 
 import fcntl
@@ -35,7 +31,7 @@ class Interface(NamedTuple):
 
 
 def interfaces() -> list[Interface]:
-    """Return the interfaces with an address, without loopback."""
+    """Return the interfaces with an address, loopback included."""
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -46,9 +42,13 @@ def interfaces() -> list[Interface]:
                 )
             except OSError:  # it has none
                 continue
-            if not is_loopback(address):
-                found.append(Interface(name, address, ipaddress.IPv4Network(f"{address}/{mask}", strict=False)))
+            found.append(Interface(name, address, ipaddress.IPv4Network(f"{address}/{mask}", strict=False)))
     return found
+
+
+def outer_interfaces() -> list[Interface]:
+    """Return those by which other hosts may reach this one."""
+    return [interface for interface in interfaces() if not is_loopback(interface.address)]
 
 
 def is_loopback(address: str) -> bool:
@@ -59,7 +59,7 @@ def is_loopback(address: str) -> bool:
 def resolve(name: str) -> list[str]:
     """Return the addresses that `name` stands for on this host; none if it is unknown."""
     try:
-        return list(dict.fromkeys(info[4][0] for info in socket.getaddrinfo(name, None, socket.AF_INET)))
+        return list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(name, None, socket.AF_INET)))
     except socket.gaierror:
         return []
 
@@ -81,7 +81,7 @@ def is_own_name(name: str) -> bool:
 
 def towards(address: str, wanted: str = "") -> Interface:
     """Return the interface that the route to `address` goes through, or the one called `wanted`."""
-    there = interfaces()
+    there = outer_interfaces()
     if wanted:
         for interface in there:
             if interface.name == wanted:
@@ -107,7 +107,7 @@ def _listed(there: list[Interface]) -> str:
 
 def outwards(wanted: str = "") -> Interface:
     """Return the interface by which others reach this host: that of the default route, or the only one."""
-    there = interfaces()
+    there = outer_interfaces()
     if wanted or len(there) != 1:
         try:
             return towards(SOMEWHERE, wanted)
@@ -121,8 +121,23 @@ def outwards(wanted: str = "") -> Interface:
     return there[0]
 
 
-def head(master: str, wanted: str = "") -> tuple[str, Interface, bool]:
-    """Return the head node's address, the interface that leads there, and whether this host is it.
+class Head(NamedTuple):
+    """The head node of a job.
+
+    Attributes:
+        address: of it, as this host knows it.
+        mine: the interface of this host that leads there.
+        listen: the address to listen at, if this host is it, else None; "" is all, where it does not know by which
+            address the others know it.
+    """
+
+    address: str
+    mine: Interface
+    listen: str | None = None
+
+
+def head(master: str, wanted: str = "") -> Head:
+    """Find the head node.
 
     A host's own name may stand for 127.0.1.1, as in Debian, or for nothing.
     """
@@ -130,13 +145,12 @@ def head(master: str, wanted: str = "") -> tuple[str, Interface, bool]:
     usable = [address for address in addresses if not is_loopback(address)]
     own = [address for address in usable if is_own(address)]
     if own:
-        mine = towards(own[0], wanted)
-        return mine.address, mine, True
+        return Head(own[0], towards(own[0], wanted), listen=own[0])
     if usable:
-        return usable[0], towards(usable[0], wanted), False
+        return Head(usable[0], towards(usable[0], wanted))
     if is_own_name(master):
         mine = outwards(wanted)
-        return mine.address, mine, True
+        return Head(mine.address, mine, listen="")
     if addresses:
         raise HostError(
             f"the head node {master!r} stands for {addresses[0]} on {HOST}, which is {HOST} itself: give the name or "
@@ -155,55 +169,41 @@ def describe(interface: Interface) -> dict[str, object]:
     }
 
 
+def connect(there: str, address: str, port: int, mine: Interface, *, refusal_counts: bool) -> None:
+    """Raise a problem unless a connection from `mine` to `address`, of which `there` is the name, is made.
+
+    Or refused, where no refusal counts: packets get there, then, be it that nobody listens yet.
+    """
+    try:
+        socket.create_connection((address, port), 10, (mine.address, 0)).close()
+    except OSError as error:
+        if refusal_counts or not isinstance(error, ConnectionRefusedError):
+            raise HostError(
+                f"{HOST} cannot connect to {there} at {address} port {port} through {mine.name} ({mine.address}): "
+                f"{error}; check firewalls, or give another --interface"
+            ) from error
+
+
 def answer(address: str, port: str, wanted: str = "") -> dict[str, object]:
     """Connect to the launcher at `address` and describe this host."""
     mine = towards(address, wanted)
-    try:
-        socket.create_connection((address, int(port)), 10, (mine.address, 0)).close()
-    except OSError as error:
-        raise HostError(
-            f"{HOST} cannot connect to the host of the launcher at {address} through {mine.name} ({mine.address}): "
-            f"{error}; check firewalls, or give another --interface"
-        ) from error
+    connect("the host of the launcher", address, int(port), mine, refusal_counts=True)
     return describe(mine)
 
 
-def free(port: str) -> None:
-    """Raise a problem if another program has the port."""
+def listener(address: str, port: int) -> socket.socket:
+    """Return a socket that listens there, or raise a problem: another program has the port."""
     try:
-        socket.create_server(("", int(port))).close()
-    except OSError as error:
-        raise HostError(f"port {port} of {HOST} cannot be had ({error.strerror}): another job may have it") from error
-
-
-def reach(address: str, port: str, wanted: str = "") -> None:
-    """Raise a problem unless a connection to there is made or refused."""
-    mine = towards(address, wanted)
-    try:
-        socket.create_connection((address, int(port)), 10, (mine.address, 0)).close()
-    except ConnectionRefusedError:
-        pass
+        return socket.create_server((address, port))
     except OSError as error:
         raise HostError(
-            f"{HOST} cannot reach the head node at {address} port {port} through {mine.name} ({mine.address}): "
-            f"{error}; check firewalls, or give another --interface"
+            f"port {port} of {HOST} cannot be had ({os.strerror(error.errno or 0)}): another job may have it, or this "
+            "one was started twice here; give another --port, the same on every host"
         ) from error
-
-
-def main() -> None:
-    """Answer one question of a launch script."""
-    question, *arguments = sys.argv[1:]
-    if question == "head":
-        address, mine, is_head = head(*arguments)
-        print(address, mine.address, mine.name, int(is_head))
-    elif question == "answer":
-        print(json.dumps(answer(*arguments)))
-    else:
-        {"free": free, "reach": reach}[question](*arguments)
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except HostError as error:
-        sys.exit(str(error))
+        print(json.dumps(answer(*sys.argv[1:])))
+    except HostError as problem:
+        sys.exit(str(problem))

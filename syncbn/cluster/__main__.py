@@ -1,0 +1,18 @@
+"""`python .../syncbn/cluster ...` is `python -m syncbn launch ...`, without the seconds that importing torch takes.
+
+Python that is given a folder knows no package. Here is one that has the files of syncbn, but has not run its __init__.
+"""
+
+import sys
+import types
+from pathlib import Path
+
+if not __package__:
+    package = types.ModuleType("syncbn")
+    package.__path__ = [str(Path(__file__).resolve().parents[1])]
+    sys.modules["syncbn"] = package
+    del sys.path[0]  # this folder
+
+from syncbn.cluster._main import main
+
+main(sys.argv[1:])

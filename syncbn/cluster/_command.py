@@ -1,0 +1,76 @@
+"""The command that a launcher comes to: printed, tried with doctor, or become."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ._addresses import HostError
+from ._options import Options
+
+BARE = (sys.executable, str(Path(__file__).parent))  # runs this folder: see __main__.py
+DOCTOR = ("-m", "syncbn", "doctor")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is before the script, and which environment variables are set beside those that there are."""
+
+    words: tuple[str, ...]
+    settings: Mapping[str, str]
+
+    def text(self, script: tuple[str, ...]) -> str:
+        """Write it so that a shell can read it."""
+        settings = [f"{name}={value}" for name, value in self.settings.items()]
+        return shlex.join(["env", *settings, *self.words, *script])
+
+
+def start(command: Command, options: Options) -> None:
+    """Become the command with the script; before it, as the options say, run doctor in the same way, or only print.
+
+    Raises:
+        HostError: the preflight failed.
+    """
+    if options.dry_run:
+        for script in (DOCTOR, options.script) if options.preflight else (options.script,):
+            print(command.text(script))
+        return
+    env = {**os.environ, **command.settings}
+    if options.preflight:
+        status = subprocess.run([*command.words, *DOCTOR], env=env, check=False).returncode
+        if status != 0:
+            raise HostError(
+                f"the preflight failed (exit status {status}), see above: {' '.join(options.script)} was not started"
+            )
+    os.execvpe(command.words[0], [*command.words, *options.script], env)
+
+
+def tool(name: str, remedy: str) -> str:
+    """Return the path of a program, looked for beside this Python first; or raise a problem with the remedy."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
+    if found is None:
+        raise HostError(f"{name} not found: {remedy}")
+    return found
+
+
+def threads_each(ranks: int) -> int:
+    """Return how many threads each of so many ranks of this host gets. A SLURM job may have less than the node."""
+    cores = int(os.environ.get("SLURM_CPUS_ON_NODE") or len(os.sched_getaffinity(0)))
+    return max(1, cores // ranks)
+
+
+def omp(threads: int) -> dict[str, str]:
+    """Return the setting of OMP_NUM_THREADS: the user's own, if there is one."""
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)}
+
+
+def slurm_port() -> int | None:
+    """Return a port of this SLURM job's own, if it is one. `syncbn.init` comes to the same number."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return 20000 + int(job) % 10000 if job else None  # the system gives those from 32768 on to clients
