@@ -23,12 +23,15 @@ from .comm._place import Place
 
 _EPILOGUE = "Tensor? weight, Tensor? bias, Tensor? residual, str activation, float slope"  # see `_flat`
 _NAME = "str name, Tensor? number"  # of the layer: one of the two, see `_names.Name`
+_TAGS = [torch.Tag.pt2_compliant_tag]
+if hasattr(torch.Tag, "cudagraph_unsafe"):  # a graph that is replayed would count no calls
+    _TAGS.append(torch.Tag.cudagraph_unsafe)
 _library: Any = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     f"forward(Tensor x, {_EPILOGUE}, Tensor? mask, Tensor? mean, Tensor? var, Tensor? batches, float eps, str group,"
     f" {_NAME})"
     " -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=_TAGS,
 )
 _library.define(
     "counted(Tensor total, Tensor? mean, Tensor? var, Tensor? batches, bool repeatable) -> Tensor",
@@ -37,7 +40,7 @@ _library.define(
 _library.define(
     f"backward(Tensor dy, Tensor x, {_EPILOGUE}, Tensor? mask, Tensor known, bool needs_x, str group, {_NAME})"
     " -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=_TAGS,
 )
 
 
