@@ -56,7 +56,7 @@ struct Signature {
     std::uint64_t place;  // a digest of what the sum is for
 };
 
-enum Verdict { kAgree, kOtherPlace, kOtherVector };  // of the ranks' signatures; VERDICTS in comm/_protocol.py
+enum Verdict { kAgree, kOtherPlace, kOtherVector };  // of the ranks' signatures: as in comm/_verdict.py
 
 struct alignas(64) Slot {
     Word posted;        // the last round for which this rank filled its buffer; wraps

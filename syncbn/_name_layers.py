@@ -48,9 +48,13 @@ def name_layers(module: M) -> M:
 
 
 def name_unnamed(module: nn.Module) -> None:
-    """Name the layers that have no name yet."""
-    for path, layer in _layers(module):
+    """Name the layers that have no name yet; all of them, if two would have one name."""
+    layers = list(_layers(module))
+    for path, layer in layers:
         if not layer._name.text:
+            layer._name = Name(path)
+    if len({layer._name.text for _, layer in layers}) < len(layers):
+        for path, layer in layers:
             layer._name = Name(path)
 
 

@@ -13,7 +13,7 @@ from syncbn.errors import MismatchError
 
 from ._place import Call
 from ._protocol import BaseCommunicator, kind_of
-from ._verdict import AGREE, OTHER_PLACE, OTHER_VECTOR, gather, refuse, setting
+from ._verdict import AGREE, OTHER_PLACE, OTHER_VECTOR, refuse, setting
 
 _NUMBERS = 3
 _EXACT = {torch.float64: 53, torch.float32: 24}  # bits of the integers that a sum holds exactly
@@ -39,14 +39,19 @@ class Carrying(BaseCommunicator):
         """Return the sum of `x`, a vector, over the ranks."""
 
     def _sum(self, x: Tensor, signature: int) -> tuple[Tensor, int]:
-        self._verdicts.look(self.call)
-        if setting() and not self._alike(x, signature):
-            return x, OTHER_VECTOR
-        total = self._add(torch.cat([x.flatten(), self._signed(x, signature)]))
+        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not captured:
+            self._verdicts.look(self.call)
+            if setting() and not self._alike(x, signature):
+                return x, OTHER_VECTOR
+        # A graph is replayed with this call's number: it takes no part in the comparison, as zeros do not.
+        signed = x.new_zeros(_NUMBERS) if captured else self._signed(x, signature)
+        total = self._add(torch.cat([x.flatten(), signed]))
         values, sums = total[:-_NUMBERS].view(x.shape), total[-_NUMBERS:]
         if x.is_cpu:
             return values, verdict_of(sums)
-        self._verdicts.later(sums, self.call)
+        if not captured:
+            self._verdicts.later(sums, self.call)
         return values, AGREE
 
     def _alike(self, x: Tensor, signature: int) -> bool:
@@ -55,16 +60,9 @@ class Carrying(BaseCommunicator):
         return verdict_of(self._add(self._signed(sent, signature + kind_of(x)))) == AGREE
 
     def _signed(self, x: Tensor, signature: int) -> Tensor:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph would keep this call's number
-            return x.new_zeros(_NUMBERS)
         h = signature % (1 << (_EXACT[x.dtype] - (self.size - 1).bit_length()) // 2)
-        return x.new_tensor([1, h, h * h])
-
-    def _where_all_are(self, call: Call, x: Tensor) -> MismatchError:
-        def add(rows: Tensor) -> Tensor:
-            return self._add(rows.to(x.device))
-
-        return gather(call, x, self.rank, self.size, add)
+        signed = torch.tensor([1, h, h * h], dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
+        return signed.to(x.device, non_blocking=True)  # from pinned memory: the host does not wait
 
 
 def verdict_of(sums: Tensor) -> int:
@@ -76,10 +74,10 @@ def verdict_of(sums: Tensor) -> int:
 
 
 class Verdicts:
-    """The verdicts of sums on an accelerator: copied to the host behind the sum, and looked at once they are there.
+    """The verdicts of sums on an accelerator: copied to the host behind the sum, and looked at a step later.
 
-    That is before each later sum; before the next one of the same place it is waited for, a step later. Not run on a
-    GPU.
+    That is before the next sum of the same place: all ranks come to the same one, and the device has come by then to
+    what it waits for. Not run on a GPU.
     """
 
     def __init__(self) -> None:
@@ -88,8 +86,6 @@ class Verdicts:
     def later(self, sums: Tensor, call: Call | None) -> None:
         """Copy the verdict of `call`."""
         assert call is not None
-        if sums.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
         there = torch.empty(_NUMBERS, dtype=sums.dtype, device="cpu", pin_memory=True)
         there.copy_(sums, non_blocking=True)
         event = torch.get_device_module(sums.device).Event()
@@ -97,13 +93,13 @@ class Verdicts:
         self._waiting.append((call, there, event))
 
     def look(self, call: Call | None) -> None:
-        """Raise MismatchError if the ranks were at different places in an earlier sum."""
-        while self._waiting:
-            earlier, sums, event = self._waiting[0]
-            if not event.query():
-                if call is None or earlier.place is not call.place:
-                    return
-                event.synchronize()
-            self._waiting.popleft()
+        """Raise MismatchError if ranks were at different places in the last sum of this place, or in one before."""
+        if call is None or all(earlier.place is not call.place for earlier, _, _ in self._waiting):
+            return
+        place = None
+        while place is not call.place:
+            earlier, sums, event = self._waiting.popleft()
+            place = earlier.place
+            event.synchronize()
             if verdict_of(sums) != AGREE:
                 refuse(MismatchError(f"the ranks asked for different sums, this one for that in {earlier}"))

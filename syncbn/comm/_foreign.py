@@ -15,9 +15,15 @@ class Memory:
     """What is kept of a user's communicator between two uses: it is not kept itself."""
 
     def __init__(self) -> None:
+        self.before: Callable[[Tensor, Place], None] | None = None
+        self.begin((0, 0))
+
+    def begin(self, world: tuple[int, int]) -> None:
+        """Forget a world of another rank or size."""
+        self.world = world  # rank and size
         self.calls: dict[int, int] = {}
         self.verdicts = Verdicts()
-        self.before: Callable[[Tensor, Place], None] | None = None
+        self.reason = ""  # why it is broken
 
 
 class Foreign(Carrying):
@@ -27,8 +33,17 @@ class Foreign(Carrying):
         super().__init__(comm.rank, comm.size)
         self.comm = comm
         self.transport = type(comm).__name__
+        if memory.world != (self.rank, self.size):
+            memory.begin((self.rank, self.size))
+        if memory.reason:
+            self.state, self._reason = "broken", memory.reason
         self._memory = memory
         self._calls, self._verdicts, self.before = memory.calls, memory.verdicts, memory.before
+
+    def fail(self, reason: str, *, peers_know: bool = False) -> None:
+        """Break, for all later uses of the user's communicator."""
+        super().fail(reason, peers_know=peers_know)
+        self._memory.reason = reason
 
     def tell(self, before: Callable[[Tensor, Place], None] | None) -> None:
         """Have `before(x, place)` called before each sum, whichever object of this class is asked for it."""
