@@ -85,7 +85,7 @@ def check_alike(
     text = "\n".join(facts).encode()
     rows = torch.zeros(comm.size, 3, dtype=torch.float64, device=device)
     rows[comm.rank] = torch.tensor([_digest(text), len(text), _digest(bytes(also))], dtype=torch.float64, device=device)
-    told = comm.all_reduce(rows.flatten(), place("comparison", what)).view(-1, 3).tolist()
+    told = comm.all_reduce(rows.flatten(), place(f"comparison of {what}")).view(-1, 3).tolist()
     present = {rank: row for rank, row in enumerate(told) if any(row)}
     if needed is not None and needed not in present:
         raise InputError(f"rank {needed} has no batch left and adds zeros: send its {what} after syncbn.uneven")
@@ -107,7 +107,7 @@ def _texts(text: bytes, lengths: dict[int, int], comm: BaseCommunicator, device:
     for rank, part in zip(lengths, parts, strict=True):
         if rank == comm.rank:
             part.copy_(torch.tensor(list(text), dtype=torch.float64, device=device))
-    received = torch.split(comm.all_reduce(torch.cat(parts), place("comparison")), list(lengths.values()))
+    received = torch.split(comm.all_reduce(torch.cat(parts), place("what differs")), list(lengths.values()))
     return {rank: bytes(part.int().tolist()).decode() for rank, part in zip(lengths, received, strict=True)}
 
 

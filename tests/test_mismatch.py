@@ -128,7 +128,7 @@ def test_a_rank_in_eval_is_seen_by_all() -> None:
     texts = run_threads(3, replica)
     assert len(set(texts)) == 1
     assert "ranks 0, 2: layer '0', forward, call 1" in texts[0]
-    assert "rank 1: comparison, call 1 (parameters; " in texts[0]
+    assert "rank 1: comparison of parameters, call 1 (" in texts[0]
 
 
 def test_together_names_all_layers() -> None:
