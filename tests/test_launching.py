@@ -545,6 +545,31 @@ def test_only_a_stopped_rank_shortens_the_time_after_sigterm(monkeypatch) -> Non
     assert not _agent.closing.is_set()
 
 
+def test_ranks_that_save_are_not_interrupted(monkeypatch) -> None:
+    """By the failure of another host while torchrun gives them time: no second signal, no end of patience."""
+    killed = []
+    monkeypatch.setattr(_agent, "ranks", list)
+    monkeypatch.setattr(os, "kill", lambda *words: killed.append(words))
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("the agent ended", pytrace=False))
+    monkeypatch.setattr(_agent, "closing", threading.Event())
+    _agent.closing.set()
+    done = threading.Event()
+    saved = threading.Timer(3, done.set)
+    saved.start()
+    _agent.end(done)
+    assert done.is_set() and not killed
+
+
+def test_torchrun_that_is_deaf_ends(monkeypatch) -> None:
+    killed = []
+    monkeypatch.setattr(_agent, "ranks", list)
+    monkeypatch.setattr(os, "kill", lambda *words: killed.append(words))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        _agent.end(threading.Event())
+    assert killed == [(os.getpid(), signal.SIGTERM)]
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
