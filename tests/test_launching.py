@@ -557,7 +557,8 @@ def test_ranks_that_save_are_not_interrupted(monkeypatch) -> None:
     saved = threading.Timer(3, done.set)
     saved.start()
     _agent.end(done)
-    assert done.is_set() and not killed
+    assert done.is_set()
+    assert not killed
 
 
 def test_torchrun_that_is_deaf_ends(monkeypatch) -> None:
