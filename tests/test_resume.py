@@ -233,7 +233,7 @@ def test_torchrun_starts_the_ranks_again(tmp_path: Path, undisturbed) -> None:
 @pytest.mark.launcher
 @pytest.mark.timeout(480)
 def test_a_killed_job_is_resumed_by_another_number_of_processes(tmp_path: Path, undisturbed) -> None:
-    ended = run_job([*torchrun(2), *job(tmp_path, 1, step=2, who="job")], seconds=SECONDS)
+    ended = run_job([*torchrun(2), *job(tmp_path, 1, step=3, who="job")], seconds=SECONDS)
     assert ended.returncode == -signal.SIGKILL, ended.stdout
     again = run_job([sys.executable, *job(tmp_path, 2)], seconds=SECONDS)
     assert again.returncode == 0, again.stdout
