@@ -34,6 +34,8 @@ use_environment() {
 
 # Becomes a launcher. By the folder, which is `python -m syncbn launch` without the seconds that importing torch takes.
 launch() { # torchrun | mpirun | ... ARGUMENT ...
+  local python
   use_environment
-  exec "$(tool python3 "the active environment has no Python: run launch/setup.sh")" "$root/syncbn/cluster" "$@"
+  python=$(tool python3 "the active environment has no Python: run launch/setup.sh")
+  exec "$python" "$root/syncbn/cluster" "$@"
 }

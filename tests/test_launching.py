@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from conftest import run_job
 
-from syncbn.cluster import _addresses, _command, _hosts, _slurm
+from syncbn.cluster import _addresses, _agent, _command, _hosts, _slurm
 from syncbn.cluster._addresses import HOST, Head, HostError, Interface
+from syncbn.cluster._board import Board
 from syncbn.cluster._horovodrun import horovodrun
 from syncbn.cluster._hosts import Hosts
 from syncbn.cluster._main import LAUNCHERS, main
+from syncbn.cluster._meeting import Meeting
 from syncbn.cluster._mpirun import mpirun
 from syncbn.cluster._options import parse
 from syncbn.cluster._over_ssh import OverSsh
@@ -77,7 +81,10 @@ def test_where_the_script_begins(words: list[str], script: tuple[str, ...]) -> N
         (Torchrun, ["--", SCRIPT], "the following arguments are required: --procs-per-node"),
         (Torchrun, ["--procs-per-node", "0", "--", SCRIPT], "--procs-per-node: expected a number of 1 or more, got"),
         (Torchrun, ["--procs-per-node", "--", SCRIPT], "--procs-per-node: expected"),
-        (Torchrun, ["--procs-per-node", "2", "--port", "80", SCRIPT], "--port: expected a number of 1024 or more"),
+        (Torchrun, ["--procs-per-node", "2", "--port", "80", SCRIPT], "expected a port from 1024 to 65535"),
+        (SlurmRank, ["--port", "70000", SCRIPT], "--port: expected a port from 1024 to 65535, got '70000'"),
+        (SlurmRank, ["--preflight", SCRIPT], "unrecognized arguments: --preflight"),
+        (SlurmRank, ["--timeout", "9", SCRIPT], "unrecognized arguments: --timeout"),
         (Torchrun, ["--procs-per-node", "2", "--hosts", "a:1", "--", SCRIPT], "unrecognized arguments: --hosts a:1"),
         (Torchrun, ["--procs-per", "2", "--", SCRIPT], "required: --procs-per-node"),
         (Torchrun, ["--procs-per-node", "2"], "no script: expected -- SCRIPT"),
@@ -107,7 +114,9 @@ def test_hosts_or_ranks_here(words: list[str]) -> None:
 def test_help(launcher: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([launcher, "--help"])
-    assert "--preflight" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ("--preflight" in said) == (launcher != "slurm-rank")
+    assert {"SYNCBN_VENV", "OMP_NUM_THREADS", "MALLOC_MMAP_MAX_=0"} <= set(said.replace(",", "").split())
 
 
 def test_an_unknown_launcher(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +134,12 @@ def test_torchrun_on_one_host() -> None:
     assert {"--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "--max-restarts=3"} < set(command.words)
     wanted = {"OMP_NUM_THREADS": "2", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     assert wanted.items() <= command.settings.items()
+
+
+def test_torchrun_without_torch(monkeypatch) -> None:
+    monkeypatch.setattr("syncbn.cluster._torchrun.find_spec", lambda name: None)
+    with pytest.raises(HostError, match="has no PyTorch: activate an environment with torch"):
+        torchrun(read(Torchrun, "--procs-per-node", "2", SCRIPT))
 
 
 ETH0 = Interface("eth0", "10.77.0.1", None)  # type: ignore[arg-type]
@@ -189,7 +204,13 @@ def test_open_mpi(program, monkeypatch) -> None:
     assert "-n 4 --bind-to none --host node1:2,node2:2 --mca btl_tcp_if_include 10.77.0.0/24" in text
     assert "--mca mpi_yield_when_idle 1" in text
     forwarded = {words[place + 1] for place, word in enumerate(words) if word == "-x"}
-    assert {"NCCL_DEBUG", "PYTHONUNBUFFERED", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"} <= forwarded
+    assert {
+        "NCCL_DEBUG",
+        "OMP_NUM_THREADS",
+        "PYTHONUNBUFFERED",
+        "MALLOC_MMAP_MAX_",
+        "MALLOC_TRIM_THRESHOLD_",
+    } <= forwarded
     assert not forwarded & {"PATH", "HOME", "LD_PRELOADED"}
 
 
@@ -200,7 +221,13 @@ def test_mpich(program) -> None:
 
 def test_another_mpi(program) -> None:
     program("mpirun", "echo something else")
-    with pytest.raises(HostError, match=r"is neither Open MPI nor MPICH: run launch/setup\.sh"):
+    with pytest.raises(HostError, match=r"is neither Open MPI nor MPICH: pip install .* or run launch/setup\.sh"):
+        mpirun(read(OverSsh, "--procs-per-node", "2", SCRIPT))
+
+
+def test_an_mpi_that_is_broken(program) -> None:
+    program("mpirun", "echo libprrte.so.3: cannot open shared object file >&2; exit 127")
+    with pytest.raises(HostError, match=r"mpirun --version failed: libprrte\.so\.3: cannot open"):
         mpirun(read(OverSsh, "--procs-per-node", "2", SCRIPT))
 
 
@@ -250,9 +277,17 @@ def test_a_torchrun_on_each_node(allocated) -> None:
     allocated({**JOB, "SLURM_CPUS_PER_TASK": "3"})
     command = slurm(read(Slurm, "--torchrun", "--max-restarts", "1", "--port", "2000", SCRIPT)).text((SCRIPT,))
     assert "--cpus-per-task=6 --ntasks=2 --ntasks-per-node=1" in command
-    assert "torchrun --nodes=2 --procs-per-node=2 --master=node1 --port=2000 --timeout=300 --max-restarts=1" in command
+    assert "torchrun --nodes=2 --procs-per-node=2 --master=node1 --port=2000 --max-restarts=1" in command
     inner = shlex.split(command)[shlex.split(command).index("torchrun") + 1 :]
     assert read(Torchrun, *inner).max_restarts == 1  # what it hands on can be read
+
+
+@pytest.mark.parametrize("option", ["--timeout", "--max-restarts"])
+def test_what_only_torchrun_has(allocated, option: str) -> None:
+    allocated(JOB)
+    with pytest.raises(HostError, match="--timeout and --max-restarts are torchrun's: add --torchrun"):
+        slurm(read(Slurm, option, "3", SCRIPT))
+    assert f"{option}=3" in slurm(read(Slurm, "--torchrun", option, "3", SCRIPT)).words
 
 
 @pytest.mark.parametrize("unequal", [{"SLURM_TASKS_PER_NODE": "2,1"}, {"SLURM_NTASKS": "3"}])
@@ -347,6 +382,13 @@ def test_what_an_address_means(monkeypatch) -> None:
         _addresses.head("me", "eth7")
 
 
+def test_a_head_node_of_several_addresses_listens_at_all(monkeypatch) -> None:
+    monkeypatch.setattr(_addresses, "outer_interfaces", lambda: [ETH0])
+    monkeypatch.setattr(_addresses, "is_own", lambda address: True)
+    monkeypatch.setattr(_addresses, "resolve", lambda name: ["10.77.0.1", "10.77.0.2"])
+    assert _addresses.head("me", "eth0").listen == ""
+
+
 def test_the_question_to_another_host_needs_no_installation() -> None:
     """It goes through `python -`, as over ssh; here to an address that is this host's own, so that nothing answers."""
     question = [sys.executable, "-I", "-S", "-", "192.0.2.1", "9", "no-such-interface"]
@@ -369,7 +411,224 @@ def test_hosts_that_are_asked(monkeypatch) -> None:
         _hosts.ask_all({"a": 1, "A": 1}, 5)
 
 
+# The preflight
+
+
+def test_a_signal_reaches_the_preflight(tmp_path: Path) -> None:
+    """SIGTERM goes on to it, and what it exits with then is no success."""
+    inner = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(sys.argv[1], 'told').touch(), sys.exit(0)))\n"
+        "pathlib.Path(sys.argv[1], 'ready').touch()\n"
+        "time.sleep(50)"
+    )
+    outer = (
+        f"import os, sys; from syncbn.cluster._command import run\n"
+        f"sys.exit(run([sys.executable, '-c', {inner!r}, {str(tmp_path)!r}], dict(os.environ)))"
+    )
+    with subprocess.Popen([sys.executable, "-c", bare(outer)]) as job:
+        deadline = time.monotonic() + 50
+        while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.terminate()
+        assert job.wait(50) == 128 + signal.SIGTERM
+    assert (tmp_path / "told").exists()
+
+
+def test_the_status_of_the_preflight() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert _command.run([sys.executable, "-c", "raise SystemExit(3)"], os.environ) == 3
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c(monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("syncbn.cluster._main._launch", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main(["torchrun", SCRIPT])
+
+
+# torchrun's agent
+
+
+@pytest.fixture
+def signals():
+    """The agent takes signals; here they are given back."""
+    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in taken}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Told:
+    """A board that notes what is written on it."""
+
+    meeting = Meeting("127.0.0.1", 29400, 2, 9, "127.0.0.1", None)
+
+    def __init__(self) -> None:
+        self.why: list[str] = []
+        self.left = False
+
+    def come(self) -> None: ...
+
+    def came(self) -> list[str]:
+        return ["node1"]
+
+    def failure(self) -> str:
+        return ""
+
+    def fail(self, why: str) -> None:
+        self.why.append(why)
+
+    def leave(self) -> None:
+        self.left = True
+
+
+def test_whatever_ends_torchrun_the_others_hear_of_it(monkeypatch, signals) -> None:
+    def full(arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_agent, "torchrun", full)
+    board = Told()
+    with pytest.raises(OSError, match="No space left"):
+        _agent.run(["rank", SCRIPT], board)  # type: ignore[arg-type]
+    assert board.why == [f"torchrun failed on {HOST}: OSError(28, 'No space left on device')"]
+    assert board.left
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_lost_terminal_is_told_too(monkeypatch, signals, ignored: bool) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)  # ignored: nohup
+    monkeypatch.setattr(_agent, "torchrun", lambda _: os.kill(os.getpid(), signal.SIGHUP))
+    board = Told()
+    assert _agent.run(["rank", SCRIPT], board) == (0 if ignored else 1)  # type: ignore[arg-type]
+    assert board.why == ([] if ignored else [f"the job was ended by SIGHUP on {HOST}"])
+
+
+def test_the_watch_goes_on_while_the_store_is_silent(monkeypatch) -> None:
+    """It asks who came once, after two seconds, to give a hint."""
+
+    class Silent(Told):
+        asked = 0
+
+        def came(self) -> list[str]:
+            self.asked += 1
+            raise _agent.DistError("timeout")
+
+        def failure(self) -> str:
+            return "over" if self.asked else ""
+
+    ended = []
+    monkeypatch.setattr(_agent, "GRACE", 0)
+    monkeypatch.setattr(_agent, "end", ended.append)
+    done = threading.Event()
+    _agent.watch(Silent(), done)  # type: ignore[arg-type]
+    assert ended == [done]
+
+
+def test_only_a_stopped_rank_shortens_the_time_after_sigterm(monkeypatch) -> None:
+    given = []
+    monkeypatch.setattr(_agent.SubprocessContext, "close", lambda self, death_sig, timeout: given.append(timeout))
+    _agent.end_stopped_ranks_soon()
+    close = _agent.SubprocessContext.close
+    with subprocess.Popen(["sleep", "50"]) as rank:
+        close(None)  # type: ignore[arg-type]
+        rank.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, rank.pid, os.WSTOPPED | os.WNOWAIT)
+        assert rank.pid in _agent.ranks("T")
+        close(None)  # type: ignore[arg-type]
+        rank.kill()
+    assert given == [30, 5]
+    assert not _agent.closing.is_set()
+
+
+def test_ranks_that_save_are_not_interrupted(monkeypatch) -> None:
+    """By the failure of another host while torchrun gives them time: no second signal, no end of patience."""
+    killed = []
+    monkeypatch.setattr(_agent, "ranks", list)
+    monkeypatch.setattr(os, "kill", lambda *words: killed.append(words))
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("the agent ended", pytrace=False))
+    monkeypatch.setattr(_agent, "closing", threading.Event())
+    _agent.closing.set()
+    done = threading.Event()
+    saved = threading.Timer(3, done.set)
+    saved.start()
+    _agent.end(done)
+    assert done.is_set()
+    assert not killed
+
+
+def test_torchrun_that_is_deaf_ends(monkeypatch) -> None:
+    killed = []
+    monkeypatch.setattr(_agent, "ranks", list)
+    monkeypatch.setattr(os, "kill", lambda *words: killed.append(words))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        _agent.end(threading.Event())
+    assert killed == [(os.getpid(), signal.SIGTERM)]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_a_head_node_that_ends_before_it_has_a_store(monkeypatch) -> None:
+    """The kernel has answered for it, so that the others are past the first trial."""
+    monkeypatch.setattr(Meeting, "end_unless_answered", lambda self: threading.Timer(50, print))
+    meeting = Meeting("127.0.0.1", free_port(), 2, 1, "127.0.0.1", None)
+    began = time.monotonic()
+    with pytest.raises(HostError, match=r"could not meet the head node at .* within 1 s, .*timed out after 1000ms"):
+        Board(meeting, None)
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.timeout(60)
+def test_the_head_node_says_how_many_hosts_there_are() -> None:
+    """Whoever comes first. Hosts of one name are two."""
+    port = free_port()
+    first = Meeting("127.0.0.1", port, 2, 9, "10.77.0.1", "127.0.0.1")
+    head = Board(first, first.come())
+    other = Board(Meeting("127.0.0.1", port, 2, 9, "10.77.0.2", None), None)
+    wrong = Board(Meeting("127.0.0.1", port, 3, 9, "10.77.0.3", None), None)
+    raised: list[BaseException] = []
+
+    def come() -> None:
+        try:
+            wrong.come()
+        except HostError as error:
+            raised.append(error)
+
+    early = threading.Thread(target=come)
+    early.start()
+    time.sleep(0.3)
+    assert not raised  # it waits for the head node's word
+    head.come()
+    early.join(30)
+    other.come()
+    other.come()  # lost, and back
+    assert [str(error) for error in raised] == [f"{HOST} was given --nodes 3, the head node --nodes 2"]
+    assert head.failure() == str(raised[0])
+    assert head.came() == [HOST] * 3
+
+
 # The package alone
+
+
+@pytest.mark.parametrize("script", ["torchrun", "slurm-rank"])
+def test_no_python(tmp_path: Path, script: str) -> None:
+    """One sentence, and no more is tried."""
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
+    env = {"PATH": str(tmp_path), "SYNCBN_VENV": str(tmp_path)}
+    command = ["/bin/bash", f"{ROOT.parent}/launch/{script}.sh", SCRIPT]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"{script}.sh: error: python3 not found: the active environment has no Python: run launch/setup.sh"
+    ]
 
 
 @pytest.mark.launcher

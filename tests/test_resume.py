@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import subprocess
@@ -163,6 +164,16 @@ def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match=r"lock cannot be locked \(.*\): see that no other job writes there"):
+        lock(tmp_path / "lock")
+
+
 # ---- jobs
 
 
@@ -222,7 +233,7 @@ def test_torchrun_starts_the_ranks_again(tmp_path: Path, undisturbed) -> None:
 @pytest.mark.launcher
 @pytest.mark.timeout(480)
 def test_a_killed_job_is_resumed_by_another_number_of_processes(tmp_path: Path, undisturbed) -> None:
-    ended = run_job([*torchrun(2), *job(tmp_path, 1, step=2, who="job")], seconds=SECONDS)
+    ended = run_job([*torchrun(2), *job(tmp_path, 1, step=3, who="job")], seconds=SECONDS)
     assert ended.returncode == -signal.SIGKILL, ended.stdout
     again = run_job([sys.executable, *job(tmp_path, 2)], seconds=SECONDS)
     assert again.returncode == 0, again.stdout

@@ -1,9 +1,11 @@
 """Files that are whole or absent, whenever the process is killed."""
 
+import errno
 import fcntl
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +26,8 @@ def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def lock(path: Path) -> None:
     """Claim `path` until this process ends, however it ends, or raise ValueError with the remedy.
 
-    Two jobs would mix their files: torchrun, killed by SIGKILL, leaves its ranks behind, which train on.
+    Two jobs would mix their files: plain torchrun, killed by SIGKILL, leaves its ranks behind, which train on. Where a
+    file system has no locks, a warning is all.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)  # never closed: the lock goes with it
     try:
@@ -32,6 +35,10 @@ def lock(path: Path) -> None:
     except BlockingIOError:
         os.close(descriptor)
         raise ValueError(f"another job writes to {path.parent}: end it, or give another --output") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(f"{path} cannot be locked ({error.strerror}): see that no other job writes there", stacklevel=2)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

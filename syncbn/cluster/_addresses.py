@@ -128,7 +128,7 @@ class Head(NamedTuple):
         address: of it, as this host knows it.
         mine: the interface of this host that leads there.
         listen: the address to listen at, if this host is it, else None; "" is all, where it does not know by which
-            address the others know it.
+            of its addresses the others know it.
     """
 
     address: str
@@ -145,7 +145,7 @@ def head(master: str, wanted: str = "") -> Head:
     usable = [address for address in addresses if not is_loopback(address)]
     own = [address for address in usable if is_own(address)]
     if own:
-        return Head(own[0], towards(own[0], wanted), listen=own[0])
+        return Head(own[0], towards(own[0], wanted), listen=own[0] if len(own) == 1 else "")
     if usable:
         return Head(usable[0], towards(usable[0], wanted))
     if is_own_name(master):

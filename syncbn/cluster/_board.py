@@ -1,7 +1,8 @@
 """What the hosts of a torchrun job tell one another: who came, and that the job has failed.
 
 It is in the store of torchrun's own rendezvous. The head node's agent makes that, since torchrun would listen on all
-interfaces; it ends when all hosts have left. A lost connection is noticed within SILENCE seconds.
+interfaces; it ends with that agent, which waits 5 s at most for the others. A lost connection is noticed within SILENCE
+seconds.
 """
 
 from __future__ import annotations
@@ -26,24 +27,36 @@ class Board:
     """This host's view of it; `server` is the socket that the head node listens on."""
 
     def __init__(self, meeting: Meeting, server: socket.socket | None) -> None:
+        """Open it.
+
+        Raises:
+            HostError: the head node, which has it, does not answer.
+        """
         self.meeting = meeting
         self._server = None
         if server is not None:
             self._server = _store(meeting, is_master=True, master_listen_fd=server.detach())
         unanswered = meeting.end_unless_answered()
-        self._store = _store(meeting, is_master=False)
-        unanswered.cancel()
+        try:
+            self._store = _store(meeting, is_master=False, timeout=timedelta(seconds=meeting.timeout))
+        except dist.DistError as error:  # it listened a moment ago
+            raise HostError(meeting.unmet(str(error).splitlines()[0])) from None
+        finally:
+            unanswered.cancel()
+        self._store.set_timeout(STORE_SECONDS)
 
     def come(self) -> None:
         """Put this host on it.
 
         Raises:
-            HostError: another number of hosts was given elsewhere.
+            HostError: the head node was given another number of hosts.
         """
         given = self.meeting.nodes
-        nodes = int(self._store.compare_set("nodes", "", str(given)))
+        if self.meeting.listen is not None:
+            self._store.set("nodes", str(given))
+        nodes = int(self._store.get("nodes"))  # waits for it
         number = self._store.add("hosts", 1)
-        self._store.set(f"host {number}", HOST)
+        self._store.set(f"host {number}", f"{HOST} {self.meeting.address}")  # names may be equal
         if nodes != given:
             problem = f"{HOST} was given --nodes {given}, the head node --nodes {nodes}"
             if number <= nodes:  # not a job that runs already
@@ -53,7 +66,7 @@ class Board:
     def came(self) -> list[str]:
         """Return the hosts that came so far."""
         hosts = [self._store.get(f"host {n + 1}").decode() for n in range(self._store.add("hosts", 0))]
-        return list(dict.fromkeys(hosts))  # one that was lost may have come again
+        return [host.partition(" ")[0] for host in dict.fromkeys(hosts)]  # one that was lost may have come again
 
     def fail(self, why: str) -> None:
         """Tell the others that the job cannot go on. The first reason stays."""
@@ -78,9 +91,9 @@ class Board:
                 left = self._store.add("left", 0)
 
 
-def _store(meeting: Meeting, **options: Any) -> Any:
+def _store(meeting: Meeting, timeout: timedelta = STORE_SECONDS, **options: Any) -> Any:
     return dist.TCPStore(  # type: ignore[attr-defined]
-        meeting.head, meeting.port, timeout=STORE_SECONDS, wait_for_workers=False, multi_tenant=True, **options
+        meeting.head, meeting.port, timeout=timeout, wait_for_workers=False, multi_tenant=True, **options
     )
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ._addresses import HostError
-from ._options import Options
+from ._options import JobOptions
 
 BARE = (sys.executable, str(Path(__file__).parent))  # runs this folder: see __main__.py
 DOCTOR = ("-m", "syncbn", "doctor")
@@ -31,7 +32,7 @@ class Command:
         return shlex.join(["env", *settings, *self.words, *script])
 
 
-def start(command: Command, options: Options) -> None:
+def start(command: Command, options: JobOptions) -> None:
     """Become the command with the script; before it, as the options say, run doctor in the same way, or only print.
 
     Raises:
@@ -43,12 +44,34 @@ def start(command: Command, options: Options) -> None:
         return
     env = {**os.environ, **command.settings}
     if options.preflight:
-        status = subprocess.run([*command.words, *DOCTOR], env=env, check=False).returncode
+        status = run([*command.words, *DOCTOR], env)
         if status != 0:
             raise HostError(
                 f"the preflight failed (exit status {status}), see above: {' '.join(options.script)} was not started"
             )
     os.execvpe(command.words[0], [*command.words, *options.script], env)
+
+
+def run(words: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a command to its end, also where this process is signalled; return its exit status, which is not 0 then.
+
+    SIGTERM goes on to it. SIGINT, from a terminal, it has got already.
+    """
+    signals: list[int] = []
+    with subprocess.Popen(words, env=env) as process:
+
+        def note(number: int, frame: object) -> None:
+            signals.append(number)
+            if number == signal.SIGTERM:
+                process.terminate()
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return 128 + signals[0] if signals else status
 
 
 def tool(name: str, remedy: str) -> str:

@@ -22,7 +22,7 @@ class Hosts:
 
     Attributes:
         ranks: number of ranks by host, by the names that the user gave.
-        threads: for each rank, so that none has fewer than its share of the cores of any host.
+        threads: for each rank, so that none has more than its share of the cores of any host.
         crowded: whether ranks outnumber cores anywhere.
         interfaces: those by which the hosts reach one another.
         networks: likewise, "10.77.0.0/24".

@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from . import _horovodrun, _meeting, _mpirun, _slurm, _torchrun
 from ._addresses import HostError
 from ._command import Command, start
-from ._options import Options, parse
+from ._options import JobOptions, Options, parse
 from ._over_ssh import OverSsh
 from ._slurm import Slurm, SlurmRank, run_task
 from ._torchrun import Torchrun
@@ -26,13 +27,17 @@ LAUNCHERS: dict[str, tuple[type[Options], str, Callable[[Any], Command]]] = {
     "slurm": (Slurm, _slurm.DESCRIPTION, _slurm.slurm),
     "slurm-rank": (SlurmRank, _slurm.RANK, _slurm.slurm_rank),
 }
+EPILOG = """SCRIPT is a Python script, or -m MODULE; it and the environment have the same path on every host. The
+environment is that of the Python that runs this; the scripts in launch/ take .venv-syncbn, or what SYNCBN_VENV names,
+if it is there. Each rank gets OMP_NUM_THREADS = cores / ranks of its host, unless that is set; and, on CPUs,
+MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=9223372036854775807, with which it keeps the memory of freed tensors,
+unless you set malloc yourself (GLIBC_TUNABLES=glibc.malloc.hugetlb=0 leaves it as it is). A rank that fails ends the
+whole job, and the exit status is then not 0."""
 SUMMARY = f"""usage: python -m syncbn launch LAUNCHER [OPTION ...] -- SCRIPT [ARGUMENT ...]
 
-LAUNCHER is one of {", ".join(LAUNCHERS)}; LAUNCHER --help says more. SCRIPT is a Python script, or -m MODULE; it and
-the environment have the same path on every host. Each rank gets OMP_NUM_THREADS = cores / ranks of its host, unless
-that is set; and, on CPUs, MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=9223372036854775807, with which it keeps
-the memory of freed tensors, unless you set malloc yourself (GLIBC_TUNABLES=glibc.malloc.hugetlb=0 leaves it as it is).
-A rank that fails ends the whole job, and the exit status is then not 0."""
+LAUNCHER is one of {", ".join(LAUNCHERS)}; LAUNCHER --help says more.
+
+{EPILOG}"""
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
@@ -49,6 +54,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
     except HostError as error:
         print(f"syncbn launch {'torchrun' if name == 'agent' else name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(_last_words(1))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def _launch(name: str, arguments: Sequence[str]) -> int:
@@ -59,11 +66,14 @@ def _launch(name: str, arguments: Sequence[str]) -> int:
         )
         return 0 if asked else 2
     kind, description, command = LAUNCHERS[name]
-    options = parse(kind, f"syncbn launch {name}", description, arguments)
+    options = parse(kind, f"syncbn launch {name}", description, arguments, EPILOG)
     made = command(options)
-    if name == "slurm-rank" and not options.dry_run:
+    if isinstance(options, JobOptions):
+        start(made, options)
+    elif not options.dry_run:
         return run_task([*made.words, *options.script], {**os.environ, **made.settings})
-    start(made, options)
+    else:
+        print(made.text(options.script))
     return 0
 
 
@@ -79,7 +89,13 @@ def run_agent(arguments: Sequence[str]) -> int:
 
     if quiet:
         del os.environ["TORCH_CPP_LOG_LEVEL"]
-    return _agent.main(arguments[place + 1 :], meeting, server)
+    try:
+        return _agent.main(arguments[place + 1 :], meeting, server)
+    except HostError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        return 1
 
 
 def _last_words(status: int) -> int:

@@ -57,18 +57,21 @@ class Meeting:
         """Say that the head node is out of reach."""
         return (
             f"{HOST} could not meet the head node at {self.head} port {self.port} within {self.timeout:g} s, from its "
-            f"own address {self.address} ({error}): start the same command there, check firewalls, or give another "
-            "--interface"
+            f"own address {self.address} ({error}): start the same command there, check firewalls, check that "
+            "--master means the same address there (it listens only at that), or give another --interface"
         )
 
     def end_unless_answered(self) -> threading.Timer:
-        """Have this process end in time. TCPStore waits for ever for a program that listens and is no store."""
+        """Have this process end in time. TCPStore waits for ever for a program that listens and is no store.
+
+        It may know better, so it goes first.
+        """
 
         def end() -> None:
-            say(f"error: {self.unmet('another program has the port')}")
+            say(f"error: {self.unmet('the head node ended, or another program has the port')}")
             os._exit(1)
 
-        timer = threading.Timer(self.timeout, end)
+        timer = threading.Timer(self.timeout + 2, end)
         timer.daemon = True
         timer.start()
         return timer

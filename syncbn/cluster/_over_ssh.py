@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from ._addresses import HostError
 from ._command import threads_each
 from ._hosts import Hosts, ask_all
-from ._options import Options, at_least, option, ranks_by_host
+from ._options import WAIT, JobOptions, at_least, option, ranks_by_host
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverSsh(Options):
+class OverSsh(JobOptions):
     """Those of mpirun and horovodrun."""
 
     procs_per_node: int | None = option("ranks to start on this host alone", None, metavar="N", convert=at_least(1))
     hosts: Mapping[str, int] | None = option(
         "the hosts, each with its number of ranks", None, metavar="HOST:N,...", convert=ranks_by_host
     )
+    timeout: int = option(WAIT, 300, metavar="SECONDS", convert=at_least(1))
 
     def ask(self) -> tuple[int, int, Hosts | None]:
         """Return the number of ranks, the threads of each, and what the hosts say, if there are others."""

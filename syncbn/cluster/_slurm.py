@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from ._addresses import HOST, HostError, connect, head
 from ._command import BARE, Command, omp, slurm_port, threads_each, tool
 from ._malloc import keep_memory
-from ._options import Options, at_least, option
+from ._options import WAIT, JobOptions, Options, at_least, option, port
 
 DESCRIPTION = """In a batch script, or within salloc: run a training script in P ranks on each of the N nodes of the
 job. Each is a task of srun, and syncbn.init() makes the world from SLURM's variables; or, with --torchrun, a torchrun
 on each node starts them. A rank that fails ends the whole job, which then counts as FAILED."""
 RANK = """What each task of `launch slurm` runs, for batch scripts of your own, too:
 
-    srun --kill-on-bad-exit=1 launch/slurm-rank.sh train.py
+    srun --kill-on-bad-exit=1 python -m syncbn launch slurm-rank -- train.py      # or launch/slurm-rank.sh train.py
 
 Finds how this node reaches the others, and tells PyTorch and syncbn.init() by MASTER_ADDR, MASTER_PORT,
 GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME. A failure of the script is passed on half a second later: srun ends the other
@@ -33,15 +33,16 @@ class SlurmRank(Options):
     """The options of a task."""
 
     port: int | None = option(
-        "a free port of the first node (20000 + SLURM_JOB_ID %% 10000)", None, metavar="P", convert=at_least(1024)
+        "a free port of the first node (20000 + SLURM_JOB_ID %% 10000)", None, metavar="P", convert=port
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slurm(SlurmRank):
+class Slurm(SlurmRank, JobOptions):
     """Those of a job."""
 
     torchrun: bool = option("start the ranks of each node by one torchrun there", False)
+    timeout: int | None = option(f"with --torchrun: {WAIT}", None, metavar="SECONDS", convert=at_least(1))
     max_restarts: int = option(
         "with --torchrun: how often all ranks are started again after one has failed (0)",
         0,
@@ -54,10 +55,14 @@ def slurm(options: Slurm) -> Command:
     """Return the command, `srun`.
 
     Raises:
-        HostError: there is no allocation, or it has not as many tasks on each node, and torchrun is to start them.
+        HostError: there is no allocation, or an option that only torchrun has; or torchrun is to start the ranks, and
+            there are not as many tasks on each node.
     """
+    if not options.torchrun and (options.max_restarts or options.timeout is not None):
+        raise HostError("--timeout and --max-restarts are torchrun's: add --torchrun, or submit launch/slurm.sbatch")
     _, nodes, tasks = _need(
-        "no allocation here; submit a batch script: sbatch --nodes 2 --ntasks-per-node 1 launch/slurm.sbatch SCRIPT",
+        "no allocation here; submit a batch script that ends in `python -m syncbn launch slurm -- SCRIPT`, or one that "
+        "is there: sbatch --nodes 2 --ntasks-per-node 1 launch/slurm.sbatch SCRIPT",
         "SLURM_JOB_ID",
         "SLURM_JOB_NODELIST",
         "SLURM_TASKS_PER_NODE",
@@ -121,12 +126,13 @@ def slurm_rank(options: SlurmRank) -> Command:
         HostError: this is no step of a SLURM job, the port is taken, or the first node is out of reach.
     """
     nodes, rank, local_rank, node, ranks_here = _need(
-        "this is no step of a SLURM job; start it with srun, or use launch/slurm-srun.sbatch",
+        "this is no step of a SLURM job; start it with srun, or use `python -m syncbn launch slurm`, or "
+        "launch/slurm-srun.sbatch",
         *(f"SLURM_{name}" for name in ("STEP_NODELIST", "PROCID", "LOCALID", "NODEID", "GTIDS")),
     )
     _need("start it with srun", "SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS")
     hosts = _hosts(nodes)
-    port = options.port or slurm_port() or 0
+    number = options.port or slurm_port() or 0
     if len(hosts) == 1:
         address, interface = "127.0.0.1", "lo"
     else:
@@ -135,14 +141,14 @@ def slurm_rank(options: SlurmRank) -> Command:
         address = there.mine.address if node == "0" else there.address
         interface = there.mine.name
         if node != "0" and local_rank == "0":  # once a node
-            connect("the head node", address, port, there.mine, refusal_counts=False)
+            connect("the head node", address, number, there.mine, refusal_counts=False)
     if rank == "0":
-        _check_free(port)
+        _check_free(number)
     settings = {
         **omp(threads_each(len(ranks_here.split(",")))),
         **keep_memory(os.environ),
         "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(number),
         "GLOO_SOCKET_IFNAME": interface,
         "NCCL_SOCKET_IFNAME": f"={interface}",  # without this =, NCCL would take the name for a prefix
         # Python keeps back lines that do not go to a terminal; those of a rank that is killed would be lost.

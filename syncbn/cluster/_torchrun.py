@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from ._addresses import HostError, head
 from ._command import BARE, Command, omp, slurm_port, threads_each
 from ._malloc import keep_memory
-from ._options import Options, at_least, option
+from ._options import WAIT, JobOptions, at_least, option, port
 
 DESCRIPTION = """Run a training script in N ranks on this host, or on each of M hosts, started by PyTorch's torchrun.
 For several hosts give the same command on each, within --timeout. HOST is the head node: one of them, that the others
@@ -18,7 +20,7 @@ example: --nodes 2 --procs-per-node 2 --master node1 -- examples/detect_digits.p
 
 
 @dataclass(frozen=True, kw_only=True)
-class Torchrun(Options):
+class Torchrun(JobOptions):
     """Its options."""
 
     procs_per_node: int = option("ranks to start on a host", metavar="N", convert=at_least(1))
@@ -28,8 +30,9 @@ class Torchrun(Options):
         "a free port of the head node (20000 + SLURM_JOB_ID %% 10000 in a SLURM job, else 29400)",
         None,
         metavar="P",
-        convert=at_least(1024),
+        convert=port,
     )
+    timeout: int = option(WAIT, 300, metavar="SECONDS", convert=at_least(1))
     max_restarts: int = option(
         "how often all ranks are started again after one has failed (0); a host that was lost may then come back, by "
         "the same command",
@@ -43,8 +46,10 @@ def torchrun(options: Torchrun) -> Command:
     """Return the command.
 
     Raises:
-        HostError: the head node cannot be meant, or cannot be reached.
+        HostError: there is no torch, or the head node cannot be meant, or cannot be reached.
     """
+    if find_spec("torch") is None:
+        raise HostError(f"{sys.executable} has no PyTorch: activate an environment with torch, or run launch/setup.sh")
     settings = {
         **omp(threads_each(options.procs_per_node)),
         **keep_memory(os.environ),
@@ -71,16 +76,16 @@ def torchrun(options: Torchrun) -> Command:
     there = head(options.master, options.interface)
     # One name: Gloo would want each of several to be there. The second =: NCCL would else take it for a prefix.
     settings |= {"GLOO_SOCKET_IFNAME": there.mine.name, "NCCL_SOCKET_IFNAME": f"={there.mine.name}"}
-    port = options.port or slurm_port() or 29400
+    number = options.port or slurm_port() or 29400
     meeting = [
-        *("--head", there.address, "--port", str(port), "--address", there.mine.address),
+        *("--head", there.address, "--port", str(number), "--address", there.mine.address),
         *("--nodes", str(options.nodes), "--timeout", str(options.timeout)),
         *(() if there.listen is None else ("--listen", there.listen)),
     ]
     rendezvous = [
         f"--nnodes={options.nodes}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={there.address}:{port}",
+        f"--rdzv-endpoint={there.address}:{number}",
         f"--rdzv-id={os.environ.get('SLURM_JOB_ID') or 'syncbn'}",
         # is_host: never, as the head node's agent has the store already. join_timeout: ten minutes, else.
         f"--rdzv-conf=is_host=0,join_timeout={options.timeout}",

@@ -1,7 +1,7 @@
 """examples/detect_digits.py, killed once. Arguments: STEP RANK PART WHO MARK, then those of the example.
 
 In step STEP (the first is 0), after PART of the time that a step takes, rank RANK writes the file MARK and sends
-SIGKILL: WHO is "rank" (to itself) or "job" (to torchrun and all its ranks). Where MARK is there already, nothing is
+SIGKILL: WHO is "rank" (to itself) or "job" (to all ranks and torchrun). Where MARK is there already, nothing is
 killed.
 """
 
@@ -21,12 +21,12 @@ del sys.argv[1:6]
 
 
 def victims() -> list[int]:
-    """Process ids, our own last."""
+    """Process ids, our own last. torchrun's after the other ranks': with it the launcher's ranks get SIGTERM."""
     if who == "rank":
         return [os.getpid()]
     torchrun = os.getppid()
     ranks = [int(pid) for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()]
-    return [torchrun, *(pid for pid in ranks if pid != os.getpid()), os.getpid()]
+    return [*(pid for pid in ranks if pid != os.getpid()), torchrun, os.getpid()]
 
 
 def kill() -> None:
