@@ -134,7 +134,7 @@ def test_a_port_in_use(hosts, launch) -> None:
     other.process.kill()
     assert statuses == [1, 1]
     assert "port 29400 of node1 cannot be had (Address already in use)" in job.jobs[0].stdout
-    assert "(another program has the port)" in job.jobs[1].stdout
+    assert "another program has the port)" in job.jobs[1].stdout
 
 
 def test_a_rank_killed_on_the_other_host(hosts, launch, launcher: str) -> None:
