@@ -7,8 +7,8 @@
 
 A forward and backward of the small layer (2, 64, 8, 8), many to a run, and a training step of a small residual network,
 as they are, against a communicator that sends the bare vector and counts nothing ("bare"); with a sum of three numbers
-before each ("checked", where the backend cannot see lengths by itself). Interleaved in one run, medians of paired ratios
-to "bare", of rank 0. benchmarks/watchdog.py has the watchdog's share, which runs here on both sides.
+before each ("checked", where the backend cannot see lengths by itself). Interleaved in one run, medians of paired
+ratios to "bare", of rank 0. benchmarks/watchdog.py has the watchdog's share, which runs here on both sides.
 """
 
 from __future__ import annotations
