@@ -572,6 +572,32 @@ def test_plain_python_under_mpirun_ends_soon_after_a_rank_has_ended() -> None:
     assert seconds < 80
 
 
+MEMBERS = """
+import sys
+from mpi4py import MPI
+from syncbn.comm._groups import resolve
+import syncbn
+comm = syncbn.init()
+rank, size = comm.rank, comm.size
+assert list(comm.members) == list(range(size))
+pair = resolve(2)
+assert list(pair.members) == ([2] if rank == 2 else [0, 1]), pair.members
+turned = MPI.COMM_WORLD.Split(0, key=-rank)
+assert list(resolve(turned).members) == list(range(size))[::-1], resolve(turned).members
+sys.stdout.write(f"rank {rank} is right\\n")
+"""
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(100)
+def test_groups_under_mpi_know_their_members() -> None:
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    mpirun = ["mpirun", "-n", "3", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
+    job = run_job([*mpirun, "python", "-c", MEMBERS], seconds=90, env=root)
+    assert job.returncode == 0, job.stdout
+    assert job.stdout.count("is right") == 3
+
+
 @pytest.mark.launcher
 @pytest.mark.timeout(150)
 def test_horovod_ends_for_vectors_of_different_lengths() -> None:
