@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from .comm import MPI, Horovod, SingleProcess, TorchDistributed
+from .comm._distributed import _timeout_of as timeout_of
 from .comm._groups import set_world, world
 from .comm._protocol import BaseCommunicator
 from .comm._verdict import choose as choose_check
@@ -180,7 +181,9 @@ def init(
             in the environment says the same. It costs each process a thread that writes a line to a store once a
             second: torch.distributed's own (a world that you made over another than a TCPStore has no watchdog), or
             with MPI and Horovod one that rank 0 serves. With these two it also ends a wait, after about two seconds,
-            for a rank that has ended, and with Horovod one of ranks that ask for vectors of different lengths.
+            for a rank that has ended, and with Horovod one of ranks that ask for vectors of different lengths. Starting
+            it takes a sum of one number, with MPI and Horovod three. With Horovod elastic only a call of `init` within
+            the function that `hvd.elastic.run` wraps starts it, which every rank makes.
 
     Raises:
         LaunchError: the environment is contradictory or incomplete; `backend` is unknown, does not fit, or is not that
@@ -195,24 +198,33 @@ def init(
     choose_check(check)
     if backend is not None and backend not in BACKENDS:
         raise LaunchError(f"unknown backend {backend!r}: expected None or one of {BACKENDS}")
-    patience = threshold(watchdog, timeout)
     joined = world()
     if not isinstance(joined, SingleProcess):  # by us or by the user
         _check_backend(joined, backend)
-        if isinstance(joined, TorchDistributed) and not joined.owns_group:  # the user's
-            start_watchdog(joined, patience)
+        start_watchdog(joined, threshold(watchdog, _timeout_of(joined) or timeout))
         return joined
+    patience = threshold(watchdog, timeout)
     launch = detect(os.environ)
     _select_device(launch)
     comm = _join(launch, backend or _default_backend(launch), timeout)
     if isinstance(comm, SingleProcess):
         return comm
-    try:
-        start_watchdog(comm, patience)
-    except LaunchError:
-        comm.close()
-        raise
+    if "HOROVOD_ELASTIC" not in os.environ:  # there the others may go on without a call: a new rank would wait for them
+        try:
+            start_watchdog(comm, patience)
+        except LaunchError:
+            comm.close()
+            raise
     return set_world(comm)
+
+
+def _timeout_of(joined: BaseCommunicator) -> timedelta | None:
+    """Return how long a rank waits in the world that there is, where that can be found out."""
+    if isinstance(joined, (MPI, Horovod)):
+        return joined.timeout
+    if isinstance(joined, TorchDistributed) and joined.takes(torch.device("cpu")):
+        return timeout_of(joined.group)
+    return None
 
 
 def _check_backend(joined: BaseCommunicator, backend: str | None) -> None:

@@ -53,17 +53,18 @@ def uneven(
         InputError: before any collective: the model has no layers of ours, or norm layers that are not synchronised, or
             layers without names or with one name, or is in eval mode, or wrapped in a DDP that was not given; one of
             `joinables` is none, or a DDP of another model; another `uneven` is open. After one collective, on every
-            rank: the models differ.
+            rank: the models differ, or one of the ranks is not in a layer's group.
         GroupError: one of `joinables` is over another group; a layer's group is larger than `process_group`, or under
-            Horovod another one.
+            Horovod another one, or, after that collective, does not hold this rank.
         DTypeError: a parameter or buffer is not plain memory, see `broadcast_parameters`.
         MismatchError: those that have batches left ask for different sums; on every rank, but under Horovod not on the
             waiting ones, which find Horovod ended (PeerLostError).
         PeerLostError: on the others, where a rank has left the block by an exception: it waits for nobody.
 
     Collectives: one of 3P numbers among P ranks at the start; one of ten numbers before each step, and once a rank has
-    finished also before each sum; at the end one of P numbers and those of `broadcast_parameters`, and two of the
-    optimizer's state. Sums over groups other than `process_group` and the layers' are not answered: make them outside.
+    finished also before each sum; at the end one of P numbers and those of `broadcast_parameters`, and of the
+    optimizer's state one and one for each 12.5 MB. Sums over groups other than `process_group` and the layers' are not
+    answered: make them outside.
     With NCCL alone (no Gloo beside it) every step waits for the device. Not run on a GPU.
 
     Source: torch.distributed.algorithms.join, whose Join drives `joinables` here; Horovod's `hvd.join`.
@@ -78,16 +79,20 @@ def uneven(
         ...         syncbn.average_gradients(model)
     """
     _check(model, joinables)
-    groups = {key_of(process_group): None} | {layer._group.key: None for layer in layer_names(model).values()}
-    members = list({id(member): member for member in map(communicator, groups)}.values())
-    comm = members[0]
+    key = key_of(process_group)
+    comm = communicator(key)
+    others, failure = _others(model, key)
+    members = list({id(member): member for member in (comm, *others)}.values())
     _check_groups(comm, members, joinables)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    device = device_of(named)
+    if comm.size > 1:  # the others have to hear of a failure
+        check_alike([f"groups: {failure or 'all hold this rank'}", *facts_of(named)], comm, "models", device)
+    if failure is not None:
+        raise failure
     if comm.size == 1:
         yield
         return
-    named = [*model.named_parameters(), *model.named_buffers()]
-    device = device_of(named)
-    check_alike(facts_of(named), comm, "models", device)
     with _attending(model, comm, members, device) as finish, _joined(joinables) as join:
         yield
         source = join(finish)
@@ -151,6 +156,20 @@ def _joined(joinables: Sequence[Any]) -> Iterator[Callable[[Callable[[], int]], 
 
 
 # What is checked
+
+
+def _others(model: nn.Module, key: str) -> tuple[list[BaseCommunicator], GroupError | None]:
+    """Return the communicators of the layers' groups but for `key`, and the first error, perhaps of this rank alone."""
+    names: dict[str, str] = {}
+    for name, layer in layer_names(model).items():
+        names.setdefault(layer._group.key, name)
+    found, failure = [], None
+    for other in filter(key.__ne__, names):
+        try:
+            found.append(communicator(other))
+        except GroupError as error:  # go on: making the next may need every rank
+            failure = failure or GroupError(f"layer {names[other]!r}: {error}")
+    return found, failure
 
 
 def _check(model: nn.Module, joinables: Sequence[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -121,6 +122,32 @@ def test_the_others_go_on_without_a_rank_that_left(gloo, tmp_path) -> None:
     *states, _ = gloo(3, _left_behind, tmp_path)
     for state in states:
         assert largest_difference(state, alone(2)) <= 1e-12
+
+
+RESTARTED = """
+import torch, horovod.torch as hvd, syncbn
+from datetime import timedelta
+comm = syncbn.init(timeout=timedelta(seconds=7))
+hvd.init()  # of a world that there is: no restart
+assert syncbn.world() is comm
+hvd.shutdown()
+hvd.init()
+after = syncbn.world()
+assert (after.rank, after.size) == (comm.rank, comm.size)
+assert after is not comm and comm.state == "closed" and not comm.exists(), (comm, after)
+assert after.timeout == timedelta(seconds=7)
+assert syncbn.init() is after
+print("restarted")
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_horovod_of_the_same_rank_and_size_is_another_world() -> None:
+    """A worker that takes the place of another has made no calls yet, so nobody else may count on."""
+    env = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "1"}
+    job = run_job([sys.executable, "-c", RESTARTED], seconds=50, env=env)
+    assert job.returncode == 0, job.stdout
+    assert "restarted" in job.stdout
 
 
 def horovod_elastic(folder: Path, event: str, hosts: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from unequal import FEATURES, batch, largest_difference, loss_of, made, momentum_of, reference
 
 import syncbn
+from syncbn import _optimizer_state, _parallel
 from syncbn.comm import Communicator, run_threads
 from syncbn.comm._verdict import table
 from syncbn.errors import DTypeError, GroupError, InputError, MismatchError
@@ -137,6 +139,27 @@ def test_a_forward_in_eval_is_no_step() -> None:
         return int(model[1].num_batches_tracked)
 
     assert run_threads(2, replica) == [3, 3]
+
+
+def test_the_optimizers_state_goes_in_pieces_and_to_the_cpu_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces, devices = [], []
+
+    def send(*args: Any) -> torch.Tensor:
+        pieces.append(len(args[0]))
+        return _parallel.send(*args)
+
+    def load(file: Any, map_location: str, **kwargs: Any) -> Any:
+        devices.append(map_location)
+        return torch_load(file, map_location=map_location, **kwargs)
+
+    torch_load = torch.load
+    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(_optimizer_state, "send", send)
+    monkeypatch.setattr(_optimizer_state, "BUCKET_BYTES", 1000)
+    test_trains_like_one_process([[1, 3], [2, 2]])
+    assert max(pieces) == 500
+    assert len(pieces) > 8
+    assert set(devices) == {"cpu"}  # the device of the rank that sent it may be another's
 
 
 # Ranks that do not agree
@@ -290,6 +313,28 @@ def test_layers_over_more_than_the_ranks() -> None:
             raise AssertionError
 
     run_threads(2, replica)
+
+
+def test_every_rank_is_told_of_one_that_is_not_in_a_layers_group() -> None:
+    def replica(comm: Any) -> None:
+        group = dist.GroupMember.NON_GROUP_MEMBER if comm.rank else comm
+        with syncbn.uneven(converted(group), process_group=comm):
+            raise AssertionError
+
+    errors = each(2, replica)
+    assert [type(error) for error in errors] == [InputError, InputError]
+    for error in errors:
+        assert re.search(r"rank 1 has 'groups: layer '\d': this rank is not in the process group", str(error))
+
+
+def test_all_ranks_outside_a_layers_group() -> None:
+    def replica(comm: Any) -> None:
+        with syncbn.uneven(converted(dist.GroupMember.NON_GROUP_MEMBER), process_group=comm):
+            raise AssertionError
+
+    for error in each(2, replica):
+        assert isinstance(error, GroupError)
+        assert "is not in the process group" in str(error)
 
 
 # With DDP, and compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import io
 import os
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -21,8 +23,8 @@ import torch.distributed as dist
 from conftest import run_job
 
 import syncbn
-from syncbn.comm import SingleProcess, TorchDistributed, _served_board, _watchdog, run_threads
-from syncbn.comm._board import Board
+from syncbn.comm import SingleProcess, TorchDistributed, _board, _served_board, _watchdog, run_threads
+from syncbn.comm._board import Board, of_torch
 from syncbn.comm._diagnosis import describe, judge
 from syncbn.comm._place import Call, place
 from syncbn.comm._served_board import served
@@ -283,9 +285,36 @@ def test_on_one_host_no_other_can_connect() -> None:
             socket.create_connection((address, told["port"]), timeout=5)
 
 
-@pytest.mark.parametrize("broken", ["_connect", "_serve"])
+def test_a_line_to_a_store_of_another_is_closed(port: int) -> None:
+    told = {"addresses": ["127.0.0.1"], "port": port, "secret": "not there"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # ResourceWarning
+        assert _served_board._connect(told) == (None, None)
+        gc.collect()
+
+
+def test_boards_in_one_store_have_names_that_all_ranks_know(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by counting: a process that was started again has not been in the worlds before."""
+    monkeypatch.setattr(_board._torch.distributed_c10d, "_get_default_store", lambda: client(port))
+
+    def rank(comm):
+        boards = [of_torch(comm) for _ in range(2)]
+        boards[0].write({"beat": 1})
+        boards[1].write({"beat": 2})
+        seen = [within(5, board.read, [{"beat": beat}] * 2) for beat, board in enumerate(boards, 1)]
+        for board in boards:
+            board.close()
+        return seen
+
+    assert run_threads(2, rank) == [[[{"beat": 1}] * 2, [{"beat": 2}] * 2]] * 2
+
+
+@pytest.mark.parametrize("broken", ["_connect", "_serve", "_addresses"])
 def test_a_store_that_cannot_be_reached_is_an_error_on_every_rank(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     cannot = {"_connect": lambda told: (None, None), "_serve": lambda addresses, size: (None, {})}
+    cannot["_addresses"] = list  # on several hosts
+    if broken == "_addresses":
+        monkeypatch.setattr(_served_board, "hosts", lambda comm: [[0], [1]])
     monkeypatch.setattr(_served_board, broken, cannot[broken])
 
     def rank(comm):
@@ -296,6 +325,82 @@ def test_a_store_that_cannot_be_reached_is_an_error_on_every_rank(monkeypatch: p
     first, second = run_threads(2, rank)
     assert first == second
     assert ("rank 1 of 2" if broken == "_connect" else "ranks 0, 1 of 2") in first
+
+
+# ---- what it may not do
+
+
+class Written:
+    """A board; `reads` are what it gives, one after the other, the last for ever."""
+
+    def __init__(self, *reads) -> None:
+        self.reads, self.rank, self.size, self.lost = list(reads), 0, len(reads[0]), ""
+
+    def write(self, told) -> None: ...
+
+    def close(self) -> None: ...
+
+    def last_table(self) -> str:
+        return ""
+
+    def claim_table(self, last: str) -> bool:
+        return True
+
+    def read(self):
+        return self.reads.pop(0) if len(self.reads) > 1 else self.reads[0]
+
+
+def test_an_error_of_its_own_ends_neither_it_nor_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_watchdog, "_PERIOD", 0.01)
+    monkeypatch.setattr(sys, "stderr", None)  # as of a process that was started without
+    comm = Waiting()
+    comm.members = [0, 1]
+    comm.ask(1)
+    dog = Watchdog(comm, Written(["no entry", {"beat": []}]), 0.05)
+    monkeypatch.setattr(_watchdog, "_running", dog)
+    dog.start()
+    time.sleep(0.5)
+    assert dog.is_alive()
+    assert _watchdog._witness(comm) == ""
+    dog.end("has ended")
+    dog.join(5)
+    assert not dog.is_alive()
+
+
+def test_it_knows_nothing_of_communicators_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of this process, say: they would be told of the processes, after seconds."""
+    comm = Waiting()
+    monkeypatch.setattr(_watchdog, "_running", Watchdog(comm, Written([written(1, 1)] * 2), 1.0))
+
+    def rank(threads):
+        if threads.rank == 0:
+            threads.all_reduce(torch.zeros(1))
+        raise OSError("of the test")
+
+    start = time.monotonic()
+    with pytest.raises(OSError, match="of the test"):
+        run_threads(2, rank)
+    assert time.monotonic() - start < 1
+    assert "rank 1" in _watchdog._witness(comm)  # negative control
+
+
+@pytest.mark.parametrize(
+    ("reads", "least", "most", "says"),
+    [
+        ([[written(1, 1), written(1, None, ended="has ended with OSError: disk")]], 0, 0.1, "OSError: disk"),
+        ([[written(1, 1)] * 2, [written(1, 1), written(1, None, ended="is over")]], 0, 0.5, r"^\n  rank 1 .* is over$"),
+        ([[written(1, 1)] * 3, [written(2, 1)] * 3], 0, 0.5, "ranks 1, 2: waiting"),
+        ([[written(1, 1)] * 2], 2.4, 3, "runs, but its Python does not"),
+        ([[written(1, 1), {}], [written(2, 1), {}]], 0, 0.5, "has not started its watchdog"),
+    ],
+    ids=["known", "soon", "all go on", "silent", "never wrote"],
+)
+def test_an_error_waits_no_longer_than_it_takes(reads, least: float, most: float, says: str) -> None:
+    comm = Waiting()
+    dog = Watchdog(comm, Written(*reads), 1.0)
+    start = time.monotonic()
+    assert re.search(says, dog.culprits())
+    assert least <= time.monotonic() - start < most
 
 
 # ---- between processes
@@ -384,7 +489,7 @@ _watchdog._running = _watchdog.Watchdog(syncbn.world(), boards[0], 1.0)
 _watchdog._running.start()
 child = os.fork()
 if not child:
-    sys.exit(7 if _watchdog._running is None and _watchdog._witness() == "" else 8)
+    sys.exit(7 if _watchdog._running is None and _watchdog._witness(syncbn.world()) == "" else 8)
 deadline = time.monotonic() + 20
 while not (ended := os.waitpid(child, os.WNOHANG))[0]:
     if time.monotonic() > deadline:
@@ -427,6 +532,25 @@ def test_a_rank_in_other_code_is_named_and_the_job_ends(launch) -> None:
 
 
 @pytest.mark.launcher
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize(
+    ("launcher", "fault", "says"),
+    [
+        ("torchrun", "raise", "has ended with ZeroDivisionError: division by zero"),
+        ("torchrun", "exit", "has come to its end, or sys.exit"),
+        ("horovodrun", "exit", "has come to its end, or sys.exit"),
+    ],
+)
+def test_how_a_rank_ended_is_told_soon(launcher: str, fault: str, says: str) -> None:
+    """Not that it has closed the world, which it does on the way out."""
+    job = run_job(["bash", f"launch/{launcher}.sh", "--procs-per-node", "3", "--", JOB, fault, "60", "120"], seconds=90)
+    seconds = since_the_fault(job)
+    assert job.returncode != 0
+    assert re.search(CULPRIT + says, job.stdout), job.stdout
+    assert seconds < 20  # a busy machine's
+
+
+@pytest.mark.launcher
 @pytest.mark.timeout(150)
 def test_a_stopped_rank_is_named_and_the_job_ends(launch) -> None:
     job = launch(3, JOB, "stop", 2, 7, seconds=140)
@@ -446,6 +570,32 @@ def test_plain_python_under_mpirun_ends_soon_after_a_rank_has_ended() -> None:
     assert re.search("PeerLostError: .*will not call any more", job.stdout), job.stdout
     assert re.search(CULPRIT + "has come to its end", job.stdout), job.stdout
     assert seconds < 80
+
+
+MEMBERS = """
+import sys
+from mpi4py import MPI
+from syncbn.comm._groups import resolve
+import syncbn
+comm = syncbn.init()
+rank, size = comm.rank, comm.size
+assert list(comm.members) == list(range(size))
+pair = resolve(2)
+assert list(pair.members) == ([2] if rank == 2 else [0, 1]), pair.members
+turned = MPI.COMM_WORLD.Split(0, key=-rank)
+assert list(resolve(turned).members) == list(range(size))[::-1], resolve(turned).members
+sys.stdout.write(f"rank {rank} is right\\n")
+"""
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(100)
+def test_groups_under_mpi_know_their_members() -> None:
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    mpirun = ["mpirun", "-n", "3", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
+    job = run_job([*mpirun, "python", "-c", MEMBERS], seconds=90, env=root)
+    assert job.returncode == 0, job.stdout
+    assert job.stdout.count("is right") == 3
 
 
 @pytest.mark.launcher
@@ -488,6 +638,16 @@ def test_a_world_that_the_user_made() -> None:
     assert [job.returncode for job in jobs] == [0, 0], said
     assert "in all_reduce, call 2: rank 0 of 2 has waited 2 s" in said[0]
     assert re.search(r"rank 1 .* is in other code: <string>:\d+ in <module>", said[0]), said
+
+
+def test_the_threshold_is_of_the_worlds_own_timeout(gloo) -> None:
+    assert gloo(2, _too_patient) == ["less than the timeout of 20 s"] * 2
+
+
+def _too_patient(rank: int, size: int) -> str:
+    with pytest.raises(InputError) as error:
+        syncbn.init(watchdog=25 * SECOND)
+    return re.findall("less than the timeout of 20 s", str(error.value))[0]
 
 
 def test_a_world_over_another_store_has_none(gloo) -> None:

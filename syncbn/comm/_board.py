@@ -10,13 +10,17 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
-from ._protocol import log
+from ._groups import device_for
+from ._place import place
+from ._protocol import BaseCommunicator, log
 from ._whereabouts import Whereabouts, fate
 
 T = TypeVar("T")
 SECONDS = 5.0  # for an answer
+PLACE = place("watchdog")
 _torch: Any = dist  # has no types for its stores
 
 
@@ -119,19 +123,26 @@ class Board:
             log.info("the watchdog sees this rank alone: %s (%s)", self.lost, reason.splitlines()[0])
 
 
-def of_torch(rank: int, size: int, number: int) -> Board | None:
-    """Return a board in the store of torch.distributed's world, of that `number`; None if that store is no TCPStore."""
+def of_torch(comm: BaseCommunicator) -> Board | None:
+    """Return a board in the store of torch.distributed's world, `comm`; None if that store is no TCPStore.
+
+    One sum, by which rank 0 names it: ranks that were in other worlds before share the store, but no count of them.
+    """
     world: Any = _torch.distributed_c10d._get_default_store()
     beneath = world
     while isinstance(beneath, _torch.PrefixStore):
         beneath = beneath.underlying_store
     if not isinstance(beneath, _torch.TCPStore):
         return None
-    store = _torch.PrefixStore(f"syncbn watchdog {number}", world)
+    name = torch.zeros(1, dtype=torch.float64, device="cpu")
+    if comm.rank == 0:
+        name[0] = secrets.randbits(53)  # exact in float64
+    name = comm.all_reduce(name.to(device_for(comm)), PLACE)
+    store = _torch.PrefixStore(f"syncbn watchdog {int(name.item())}", world)
     server = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
     # A connection of its own: on torch's, it waits while torch waits. Older ones cannot have another.
     store = store.clone() if hasattr(store, "clone") else store
-    return Board(store, rank, size, {"name": server}, line_to(beneath.host, beneath.port))
+    return Board(store, comm.rank, comm.size, {"name": server}, line_to(beneath.host, beneath.port))
 
 
 def line_to(address: str, port: int) -> socket.socket | None:

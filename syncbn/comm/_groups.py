@@ -61,8 +61,8 @@ def world() -> BaseCommunicator:
 
 
 def _successor(old: BaseCommunicator) -> BaseCommunicator:
-    if isinstance(old, Horovod) and old.restarted():
-        return Horovod()
+    if isinstance(old, Horovod) and (restarted := old.successor()) is not None:
+        return restarted
     return TorchDistributed(own_group=True) if _torch_is_there() else alone
 
 

@@ -65,8 +65,10 @@ class Horovod(Carrying):
         super().__init__(chosen.rank(), chosen.size())
         self.process_set = chosen
         self.members = list(range(hvd.size())) if chosen.ranks is None else list(chosen.ranks)
-        self._timeout = timeout
+        self.timeout = timeout
         self._started = False  # Horovod itself, and so ends it
+        _count_ends(hvd)
+        self._world = _ended
         _all.add(self)
 
     @classmethod
@@ -89,21 +91,19 @@ class Horovod(Carrying):
         return comm
 
     def exists(self) -> bool:
-        """Tell whether Horovod runs, with this rank and size, and knows the process set."""
-        if not _hvd().is_initialized() or _size(self.process_set) != self.size:
-            return False
-        return bool(self.process_set.included()) and int(self.process_set.rank()) == self.rank
+        """Tell whether Horovod runs, has not been shut down meanwhile, and knows the process set."""
+        return self._world == _ended and bool(_hvd().is_initialized()) and _size(self.process_set) == self.size
 
-    def restarted(self) -> bool:
-        """Tell whether Horovod runs, for the world that comes after this one."""
-        return bool(_hvd().is_initialized())
+    def successor(self) -> Horovod | None:
+        """Return the communicator of the world that came after this one, where Horovod was started again."""
+        return Horovod(timeout=self.timeout) if _hvd().is_initialized() else None
 
     def _check(self, x: Tensor) -> None:
         if not self.exists():
             self.end("Horovod was shut down, or the process set removed")
 
     def _add(self, x: Tensor) -> Tensor:
-        hvd, seconds = _hvd(), 2 * self._timeout.total_seconds()
+        hvd, seconds = _hvd(), 2 * self.timeout.total_seconds()
         # Horovod averages unless told otherwise. It keeps both tensors until it is done with them.
         handle = hvd.allreduce_async(x, op=hvd.Sum, name=f"syncbn.{x.numel()}", process_set=self.process_set)
         if not wait_until(lambda: hvd.poll(handle), seconds, self):
@@ -142,10 +142,29 @@ class Horovod(Carrying):
         to_world = self.process_set.ranks if self.process_set.ranks is not None else list(range(hvd.size()))
         sets = [_registered([to_world[r] for r in part]) for part in partition]
         mine = list(partition).index(part_of(self.rank, partition))
-        return Horovod(sets[mine], timeout=self._timeout)
+        return Horovod(sets[mine], timeout=self.timeout)
 
 
 _all: weakref.WeakSet[Horovod] = weakref.WeakSet()
+_ended = 0  # worlds of Horovod's in this process
+
+
+def _count_ends(hvd: Any) -> None:
+    """Have Horovod's shutdown counted: its next world may give this process the same rank, of as many."""
+    basics = hvd.mpi_ops._basics  # whose shutdown hvd.elastic calls, too
+    shutdown = basics.shutdown
+    if getattr(shutdown, "is_counted", False):
+        return
+
+    def counted() -> None:
+        global _ended
+        _ended += 1
+        shutdown()
+
+    counted.is_counted = True  # type: ignore[attr-defined]
+    basics.shutdown = counted
+
+
 _starts = 0
 
 

@@ -70,10 +70,9 @@ class MPI(Pairs):
             )
         super().__init__(comm.Get_rank(), comm.Get_size())
         self.comm = comm.Dup()
-        self._timeout = timeout
+        self.timeout = timeout
         self._cuda_aware = cuda_aware
-        if self.size == mpi.COMM_WORLD.Get_size():
-            self.members = range(self.size)
+        self.members = comm.group.Translate_ranks(None, mpi.COMM_WORLD.group)
         if mpi.COMM_WORLD.Get_size() > 1:
             _abort_job_on_exception()
 
@@ -100,7 +99,7 @@ class MPI(Pairs):
         self._wait(requests, incoming, outgoing, peer=f"rank {peer}: ")
 
     def _wait(self, requests: list[Any], *memory: Tensor | None, peer: str = "") -> None:
-        seconds = self._timeout.total_seconds()
+        seconds = self.timeout.total_seconds()
         _written_to[id(requests)] = requests, memory
         if not wait_until(lambda: _mpi().Request.Testall(requests), seconds, self):
             raise RuntimeError(f"{peer}no answer within {seconds:g} s")
@@ -115,7 +114,7 @@ class MPI(Pairs):
         color = list(partition).index(part_of(self.rank, partition))
         part = self.comm.Split(color, key=self.rank)
         try:
-            return MPI(part, timeout=self._timeout, cuda_aware=self._cuda_aware)
+            return MPI(part, timeout=self.timeout, cuda_aware=self._cuda_aware)
         finally:
             part.Free()  # MPI() made a duplicate of its own
 

@@ -144,7 +144,7 @@ class BaseCommunicator(ABC):
                 self.fail(f"in {call}: out of memory {self._here()}")
                 raise
             self.fail(f"in {call}: all_reduce of {x.numel()} numbers failed {self._here()}: {LOST}: {error}")
-            self._reason += "".join(ask() for ask in witnesses)
+            self._reason += "".join(ask(self) for ask in witnesses)
             raise PeerLostError(self._reason) from error
         except BaseException as error:  # KeyboardInterrupt, for one
             self.fail(f"in {call}: all_reduce of {x.numel()} numbers was interrupted {self._here()}: {error!r}")
@@ -241,7 +241,7 @@ LOST = "a peer died, ended, or did not call in time"
 FORKED = "this process was forked from the one that made the communicator, and a child cannot act for its parent"
 log = logging.getLogger("syncbn")
 by_key: weakref.WeakValueDictionary[str, BaseCommunicator] = weakref.WeakValueDictionary()
-witnesses: list[Callable[[], str]] = []  # asked where a peer is lost, for what they know of the others
+witnesses: list[Callable[[BaseCommunicator], str]] = []  # asked where its peer is lost, for what they know
 on_end: list[Callable[[BaseCommunicator], None]] = []  # called with a communicator that is about to close
 _numbers = itertools.count()
 

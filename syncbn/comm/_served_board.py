@@ -16,9 +16,8 @@ from torch import Tensor
 
 from syncbn.errors import LaunchError
 
-from ._board import SECONDS, Board, line_to
+from ._board import PLACE, SECONDS, Board, line_to
 from ._hosts import hosts
-from ._place import place
 from ._protocol import BaseCommunicator, log
 from ._verdict import named
 from ._whereabouts import Whereabouts, identity
@@ -43,7 +42,7 @@ def served(comm: BaseCommunicator) -> Board:
         store, line = _connect(told)
     failed = torch.zeros(comm.size, dtype=torch.float64, device="cpu")
     failed[comm.rank] = store is None
-    ranks = [rank for rank, no in enumerate(comm.all_reduce(failed, _PLACE).tolist()) if no]
+    ranks = [rank for rank, no in enumerate(comm.all_reduce(failed, PLACE).tolist()) if no]
     if store is None or ranks:
         where = f"{' or '.join(told['addresses'])}, port {told['port']}" if told else "no address"
         raise LaunchError(
@@ -54,7 +53,6 @@ def served(comm: BaseCommunicator) -> Board:
     return Board(store, comm.rank, comm.size, told["server"], line)
 
 
-_PLACE = place("watchdog")
 _LONGEST = 1000  # bytes that rank 0 tells
 
 
@@ -63,12 +61,15 @@ def _tell(comm: BaseCommunicator, text: str) -> str:
     told = torch.zeros(_LONGEST, dtype=torch.float64, device="cpu")
     if comm.rank == 0:
         told[: len(text)] = torch.tensor(list(text.encode()), dtype=torch.float64, device="cpu")
-    total: Tensor = comm.all_reduce(told, _PLACE)
+    total: Tensor = comm.all_reduce(told, PLACE)
     return bytes(total.to(torch.uint8).tolist()).rstrip(b"\0").decode()
 
 
 def _serve(addresses: Sequence[str], size: int) -> tuple[Any, Whereabouts]:
     """Return a store, and what others need to find it; None and {} if that fails."""
+    if not addresses:
+        log.warning("the watchdog's store cannot be served: this host has no IPv4 address but the loopback's")
+        return None, {}
     try:
         where = addresses[0] if addresses == ["127.0.0.1"] else ""
         listening = socket.create_server((where, 0), backlog=size)
@@ -98,7 +99,8 @@ def _connect(told: Whereabouts) -> tuple[Any, socket.socket | None]:
             if store.check([told["secret"]]):  # an address such as Docker's may be another host's, too
                 return store, line
         except RuntimeError:
-            line.close()
+            pass
+        line.close()
     return None, None
 
 

@@ -15,22 +15,23 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 
-from syncbn.errors import InputError
+from syncbn.errors import InputError, SyncBatchNormError
 
 from . import _protocol
 from ._board import Board, of_torch
 from ._diagnosis import describe, is_lost, judge
 from ._distributed import TorchDistributed
-from ._protocol import BaseCommunicator
+from ._protocol import BaseCommunicator, log
 from ._served_board import served
 from ._whereabouts import Sums, Whereabouts, identity
 
 _VARIABLE = "SYNCBN_WATCHDOG"
 _DEFAULT = 60.0
 _PERIOD = 1.0  # seconds between two looks
-_SILENT = 2.5 * _PERIOD  # a rank that has not written for so long does not run
+_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.0)  # between looks at a rank; one that has not written in all of them does not run
 _OFF = timedelta(0)
 
 
@@ -89,16 +90,17 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         """Look, until the world or the process ends."""
         while not self._ended.wait(_PERIOD):
-            self._sums.look()
-            self._write()
-            if self._sums.waiting is not None:
-                self._wait(self._sums.waiting, self._sums.ticks)
-        self._write(ended=self._last_words)
+            contained(self._look)
+        contained(lambda: self._write(ended=self._last_words))
         self.board.close()
 
     def watches(self, comm: BaseCommunicator) -> bool:
         """Tell whether it looks on for the world `comm`."""
         return self.is_alive() and self._comm() is comm
+
+    def knows(self, comm: BaseCommunicator) -> bool:
+        """Tell whether the ranks of `comm` are on the board, `comm.members` by its numbers: not so of another kind."""
+        return type(comm) is type(self._comm())
 
     def end(self, words: str) -> None:
         """End; the other ranks read these `words`."""
@@ -110,12 +112,18 @@ class Watchdog(threading.Thread):
     def _write(self, **more: str) -> None:
         self.board.write({**identity(), **self._sums.tell(), "beat": next(self._beats), **more})
 
+    def _look(self) -> None:
+        self._sums.look()
+        self._write()
+        if self._sums.waiting is not None:
+            self._wait(self._sums.waiting, self._sums.ticks)
+
     def _wait(self, comm: BaseCommunicator, ticks: int) -> None:
         """This rank has waited in one sum of `comm` for so many looks."""
         if ticks == 1:
             self._next, self._before = self._threshold, self._nothing
             self._last_table = self.board.last_table()
-        if comm.members is not None and ticks % max(1, self.board.size // 64) == 0:
+        if comm.members is not None and self.knows(comm) and ticks % max(1, self.board.size // 64) == 0:
             now = self.board.read()
             comm.verdict = judge([now[rank] for rank in comm.members], [self._before[rank] for rank in comm.members])
             self._before = now
@@ -128,30 +136,50 @@ class Watchdog(threading.Thread):
         first = self.board.claim_table(self._last_table)
         self._last_table = self.board.last_table()
         if first:
-            threading.Thread(target=self._print_table, name="syncbn table", daemon=True).start()
+            threading.Thread(target=contained, args=[self._print_table], name="syncbn table", daemon=True).start()
 
     def _print_table(self) -> None:
-        told, silent = self._listen()
+        told, silent = self._listen(lambda _: False)
         lines = [self.board.lost] if self.board.lost else describe(told, silent, range(len(told)))
         _print("\n  ".join(["where every rank is", *lines]))
 
     def culprits(self) -> str:
-        """Return what is known of ranks that do not wait, for an error; within about three seconds."""
-        told = self.board.read()
-        silent = [False] * len(told)
-        ranks = [rank for rank, where in enumerate(told) if where and is_lost(where)]
-        if not ranks and not self.board.lost:
-            told, silent = self._listen()
-            ranks = [rank for rank in range(len(told)) if rank != self.board.rank]
+        """Return what is known of the ranks that are lost, for an error; where none is, of all others.
+
+        At once, or as soon as one is lost, or all have written since, or one has not for two seconds and a half.
+        """
+        told, silent = self._listen(lost_among)
+        ranks = lost_among(told) or [rank for rank in range(len(told)) if rank != self.board.rank]
         lines = [self.board.lost] if self.board.lost else describe(told, silent, ranks)
         return "".join(f"\n  {line}" for line in lines)
 
-    def _listen(self) -> tuple[list[Whereabouts], list[bool]]:
-        """Return what each rank wrote, and whether it has stopped to; takes `_SILENT` seconds."""
-        before = self.board.read()
-        time.sleep(_SILENT)
-        told = self.board.read()
-        return told, [then.get("beat") == now.get("beat") for then, now in zip(before, told, strict=True)]
+    def _listen(self, enough: Callable[[list[Whereabouts]], object]) -> tuple[list[Whereabouts], list[bool]]:
+        """Return what each rank wrote, and whether it has stopped to; early where that is `enough`, or all go on."""
+        before = told = self.board.read()
+        silent = [bool(where) and "ended" not in where for where in told]
+        for pause in _PAUSES:
+            if self.board.lost or enough(told) or not any(silent):
+                break
+            time.sleep(pause)
+            told = self.board.read()
+            silent = [
+                waits and now.get("beat") == then.get("beat")
+                for waits, now, then in zip(silent, told, before, strict=True)
+            ]
+        return told, silent
+
+
+def lost_among(told: list[Whereabouts]) -> list[int]:
+    """Return the ranks that are lost."""
+    return [rank for rank, where in enumerate(told) if where and is_lost(where)]
+
+
+def contained(act: Callable[[], object]) -> None:
+    """Act; what fails in the watchdog (a closed stderr, no memory for a thread) does not end the job."""
+    try:
+        act()
+    except Exception as error:
+        log.debug("the watchdog: %r", error, exc_info=True)
 
 
 def _ending() -> str:
@@ -165,7 +193,6 @@ def _print(text: str) -> None:
 
 
 _running: Watchdog | None = None
-_numbers = itertools.count()
 
 
 def start(comm: BaseCommunicator, seconds: float) -> None:
@@ -177,14 +204,25 @@ def start(comm: BaseCommunicator, seconds: float) -> None:
     global _running
     if seconds == 0 or comm.size == 1 or (_running is not None and _running.watches(comm)):
         return
-    board = of_torch(comm.rank, comm.size, next(_numbers)) if isinstance(comm, TorchDistributed) else served(comm)
-    if board is not None:
-        _running = Watchdog(comm, board, seconds)
-        _running.start()
+    try:
+        board = of_torch(comm) if isinstance(comm, TorchDistributed) else served(comm)
+        if board is not None:
+            _running = Watchdog(comm, board, seconds)
+            _running.start()
+    except SyncBatchNormError:  # told by sums, so every rank has it
+        raise
+    except Exception as error:
+        log.debug("this rank has no watchdog: %r", error, exc_info=True)
+    # The last to be registered runs first: before whatever ends the world at exit, and would be taken for the end.
+    atexit.unregister(_at_exit)
+    atexit.register(_at_exit)
 
 
-def _witness() -> str:
-    return _running.culprits() if _running is not None else ""
+def _witness(comm: BaseCommunicator) -> str:
+    known: list[str] = []
+    if _running is not None and _running.knows(comm):
+        contained(lambda: known.append(_running.culprits()))
+    return "".join(known)
 
 
 def _at_end(comm: BaseCommunicator) -> None:
@@ -209,5 +247,4 @@ def _in_child() -> None:
 _left_to_the_parent: list[Watchdog] = []
 _protocol.witnesses.append(_witness)
 _protocol.on_end.append(_at_end)
-atexit.register(_at_exit)
 os.register_at_fork(after_in_child=_in_child)
