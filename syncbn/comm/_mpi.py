@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -13,9 +14,8 @@ from torch import Tensor
 
 from syncbn.errors import BackendError, GroupError
 
-from ._pairs import Pairs
-from ._protocol import Communicator, kind_of, part_of, wait_until
-from ._verdict import AGREE, OTHER_VECTOR
+from ._protocol import BaseCommunicator, Communicator, kind_of, part_of, wait_until
+from ._verdict import AGREE, OTHER_PLACE, OTHER_VECTOR
 
 
 def _mpi() -> Any:
@@ -26,7 +26,11 @@ def _mpi() -> Any:
     return MPI
 
 
-class MPI(Pairs):
+_HEADER = struct.Struct("=4d")  # h and h² of the signature, and of the kind of vector
+_FIRST = 513  # numbers that travel with the header: those of a layer of 256 channels
+
+
+class MPI(BaseCommunicator):
     """An mpi4py communicator.
 
     Works on a duplicate of the user's communicator, so its messages cannot meet the user's. Making it is therefore
@@ -36,6 +40,8 @@ class MPI(Pairs):
     A wait that is abandoned, at its deadline or by Ctrl-C, breaks the communicator; MPI may write to the tensor even
     then, so its memory is kept. `close` frees the duplicate; so does `Free` of the user's communicator, where syncbn
     looked it up as a `process_group`.
+
+    One message for up to 513 numbers, a layer of 256 channels; a longer vector takes two.
 
     float32 and float64 only: mpi4py sends other dtypes, bfloat16 for one, as raw bytes and adds those.
 
@@ -72,38 +78,49 @@ class MPI(Pairs):
         self.comm = comm.Dup()
         self.timeout = timeout
         self._cuda_aware = cuda_aware
+        self._first = bytearray(_HEADER.size + 8 * _FIRST)
+        self._data = torch.frombuffer(self._first, dtype=torch.float64, offset=_HEADER.size)
         self.members = comm.group.Translate_ranks(None, mpi.COMM_WORLD.group)
         if mpi.COMM_WORLD.Get_size() > 1:
             _abort_job_on_exception()
 
     def _sum(self, x: Tensor, signature: int) -> tuple[Tensor, int]:
-        if x.is_cuda and self._cuda_aware:
+        aware = x.is_cuda and self._cuda_aware
+        if aware:
             torch.cuda.current_stream(x.device).synchronize()  # MPI knows nothing of streams
-            nothing = torch.empty(0, dtype=x.dtype, device="cpu")  # headers travel through the host
-            verdict = self._add_first(nothing, kind_of(x), signature, AGREE)
-            if verdict != OTHER_VECTOR:
-                self._add_rest(x)
-            return x, verdict
-        total, verdict = super()._sum(x.cpu(), signature)  # waits for the current stream; x itself on the CPU
-        return total.to(x.device), verdict
+        here = x if aware else x.cpu()  # waits for the current stream; x itself on the CPU
+        flat = here.view(-1)
+        first = flat[: 0 if aware else _FIRST]
+        verdict = self._add_first(first, kind_of(x), signature)
+        rest = flat[first.numel() :]
+        if rest.numel() and verdict != OTHER_VECTOR:
+            self._add(rest if aware else rest.numpy())
+        return here.to(x.device), verdict
 
-    def _add_rest(self, x: Tensor) -> None:
-        self._wait([self.comm.Iallreduce(_mpi().IN_PLACE, x if x.is_cuda else x.numpy(), op=_mpi().SUM)], x)
+    def _add_first(self, x: Tensor, kind: int, signature: int) -> int:
+        """Add what travels with the header, in place; return the verdict.
 
-    def _swap(self, peer: int, outgoing: Tensor | None, incoming: Tensor | None) -> None:
-        requests = []
-        if incoming is not None:
-            requests.append(self.comm.Irecv([incoming.numpy(), _mpi().BYTE], peer))
-        if outgoing is not None:
-            requests.append(self.comm.Isend([outgoing.numpy(), _mpi().BYTE], peer))
-        self._wait(requests, incoming, outgoing, peer=f"rank {peer}: ")
+        MPI takes what it gets: so the first message has one length for all, and says of what kind the vector is.
+        """
+        bits = (53 - (self.size - 1).bit_length()) // 2  # so that the sums are exact, see `Carrying`
+        h, k = signature % (1 << bits), kind % (1 << bits)
+        _HEADER.pack_into(self._first, 0, h, h * h, k, k * k)
+        data = self._data[: x.numel()]
+        data.copy_(x)
+        self._add([self._first, _mpi().DOUBLE])
+        h, h2, k, k2 = map(int, _HEADER.unpack_from(self._first))
+        if k * k != self.size * k2:
+            return OTHER_VECTOR
+        x.copy_(data)
+        return AGREE if h * h == self.size * h2 else OTHER_PLACE
 
-    def _wait(self, requests: list[Any], *memory: Tensor | None, peer: str = "") -> None:
+    def _add(self, buffer: Any) -> None:
         seconds = self.timeout.total_seconds()
-        _written_to[id(requests)] = requests, memory
-        if not wait_until(lambda: _mpi().Request.Testall(requests), seconds, self):
-            raise RuntimeError(f"{peer}no answer within {seconds:g} s")
-        del _written_to[id(requests)]
+        request = self.comm.Iallreduce(_mpi().IN_PLACE, buffer, op=_mpi().SUM)
+        _written_to[id(request)] = request, buffer
+        if not wait_until(request.Test, seconds, self):
+            raise RuntimeError(f"no answer within {seconds:g} s")
+        del _written_to[id(request)]
 
     def _release(self) -> None:
         if self.state == "open" and not _mpi().Is_finalized():  # else a collective may be pending in it
