@@ -171,10 +171,11 @@ def init(
             and MASTER_PORT), "mpi" for mpi4py, "horovod".
         timeout: how long a rank waits for its peers, in each collective and to meet them.
         check: what is done about ranks that ask for different sums, another layer or another call: see
-            `MismatchError`. None: the error, on every rank; over shared memory, Gloo and MPI it costs nothing, over
+            `MismatchError`. None: the error, on every rank; over shared memory, Gloo and MPI it takes no message, over
             NCCL and Horovod three numbers more in each vector. True: over NCCL and Horovod also a sum of three numbers
             before each, which every rank waits for, so that vectors of different lengths are seen. False: a warning,
-            for jobs whose ranks differ on purpose. SYNCBN_CHECK=1 and 0 in the environment say the same.
+            the 1st, 2nd, 4th, ... time, for jobs whose ranks differ on purpose. SYNCBN_CHECK=1 and 0 in the environment
+            say the same. The same on every rank.
         watchdog: a rank that waits for longer than this in one sum says so on stderr, and one of them prints where
             every rank is: in which sum, at which line of other code, stopped, or gone; again after twice, four times as
             long. None: 60 s, or half of a `timeout` below that; `timedelta(0)`: no watchdog. SYNCBN_WATCHDOG, seconds,

@@ -84,6 +84,7 @@ def judge(told: list[Whereabouts], before: list[Whereabouts]) -> Exception | Non
         for now, then in zip(told, before, strict=True)
     )
     alive = all(now.get("beat") != then.get("beat") for now, then in zip(told, before, strict=True))
-    if same and alive and all(rows) and any(row != rows[0] for row in rows):
+    compared = slice(-1, None) if _verdict.setting() is False else slice(None)  # the vectors alone
+    if same and alive and all(rows) and any(row[compared] != rows[0][compared] for row in rows):
         return MismatchError(_verdict.table(rows))
     return None
