@@ -298,7 +298,7 @@ def test_boards_in_one_store_have_names_that_all_ranks_know(port: int, monkeypat
     monkeypatch.setattr(_board._torch.distributed_c10d, "_get_default_store", lambda: client(port))
 
     def rank(comm):
-        boards = [of_torch(comm) for _ in range(2)]
+        boards = [of_torch(comm, "cpu") for _ in range(2)]
         boards[0].write({"beat": 1})
         boards[1].write({"beat": 2})
         seen = [within(5, board.read, [{"beat": beat}] * 2) for beat, board in enumerate(boards, 1)]

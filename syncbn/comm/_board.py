@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ._groups import device_for
 from ._place import place
 from ._protocol import BaseCommunicator, log
 from ._whereabouts import Whereabouts, fate
@@ -123,10 +122,11 @@ class Board:
             log.info("the watchdog sees this rank alone: %s (%s)", self.lost, reason.splitlines()[0])
 
 
-def of_torch(comm: BaseCommunicator) -> Board | None:
+def of_torch(comm: BaseCommunicator, device: str) -> Board | None:
     """Return a board in the store of torch.distributed's world, `comm`; None if that store is no TCPStore.
 
-    One sum, by which rank 0 names it: ranks that were in other worlds before share the store, but no count of them.
+    One sum, of a number on `device`, by which rank 0 names it: ranks that were in other worlds before share the store,
+    but no count of them.
     """
     world: Any = _torch.distributed_c10d._get_default_store()
     beneath = world
@@ -137,7 +137,7 @@ def of_torch(comm: BaseCommunicator) -> Board | None:
     name = torch.zeros(1, dtype=torch.float64, device="cpu")
     if comm.rank == 0:
         name[0] = secrets.randbits(53)  # exact in float64
-    name = comm.all_reduce(name.to(device_for(comm)), PLACE)
+    name = comm.all_reduce(name.to(device), PLACE)
     store = _torch.PrefixStore(f"syncbn watchdog {int(name.item())}", world)
     server = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
     # A connection of its own: on torch's, it waits while torch waits. Older ones cannot have another.

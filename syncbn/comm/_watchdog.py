@@ -18,6 +18,8 @@ import weakref
 from collections.abc import Callable
 from datetime import timedelta
 
+import torch
+
 from syncbn.errors import InputError, SyncBatchNormError
 
 from . import _protocol
@@ -205,7 +207,10 @@ def start(comm: BaseCommunicator, seconds: float) -> None:
     if seconds == 0 or comm.size == 1 or (_running is not None and _running.watches(comm)):
         return
     try:
-        board = of_torch(comm) if isinstance(comm, TorchDistributed) else served(comm)
+        if isinstance(comm, TorchDistributed):
+            board = of_torch(comm, "cpu" if comm.takes(torch.device("cpu")) else "cuda")
+        else:
+            board = served(comm)
         if board is not None:
             _running = Watchdog(comm, board, seconds)
             _running.start()
