@@ -203,7 +203,7 @@ class BaseCommunicator(ABC):
         """Close, for `reason`; does nothing where that has happened."""
         if self.state == "closed":
             return
-        for tell in on_end:
+        for tell in on_end or ():  # None: the interpreter ends
             tell(self)
         if self._reason != FORKED:  # what the parent holds is not the child's to release
             self._release()
