@@ -428,10 +428,10 @@ HOW = {"torchrun": ["ddp", "ddp-broadcasts", "average"], "mpirun": ["average"], 
 
 
 @pytest.mark.launcher
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("counts", [["5,3", "2,3"], ["5,3,2", "0,3,2"]], ids=["2 ranks", "3 ranks"])
 def test_started_by(launch: Any, counts: list[str]) -> None:
     for how in HOW[launch.launcher]:
-        job = launch(counts[0].count(",") + 1, "tests/jobs/uneven_job.py", how, *counts, seconds=60)
+        job = launch(counts[0].count(",") + 1, "tests/jobs/uneven_job.py", how, *counts, seconds=130)
         assert job.returncode == 0, job.stdout
         assert job.stdout.count("largest difference") == counts[0].count(",") + 1

@@ -20,7 +20,7 @@ import syncbn
 how, *texts = sys.argv[1:]
 epochs = [[int(count) for count in text.split(",")] for text in texts]
 torch.set_num_threads(1)
-comm = syncbn.init(timeout=timedelta(seconds=20))
+comm = syncbn.init(timeout=timedelta(seconds=60))
 model = syncbn.convert_sync_batchnorm(made())
 optimizer = momentum_of(model)
 called, joinables = model, ()
