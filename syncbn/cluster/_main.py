@@ -45,17 +45,22 @@ def main(arguments: Sequence[str]) -> NoReturn:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
     try:
         if name == "agent":  # torchrun's
-            status = _last_words(run_agent(rest))
-            sys.stdout.flush()
-            os._exit(status)  # not by way of Python's end, where SIGTERM has its default again, and torch its threads
+            _end(_last_words(run_agent(rest)))
         if name == "rank":  # the command of each of its ranks
             become_rank(rest)
         sys.exit(_launch(name, rest))
     except HostError as error:
         print(f"syncbn launch {'torchrun' if name == 'agent' else name}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(_last_words(1))
+        _end(_last_words(1))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def _end(status: int) -> NoReturn:
+    """End, not by way of Python's end, where SIGTERM has its default again, and torch its threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _launch(name: str, arguments: Sequence[str]) -> int:
@@ -71,7 +76,7 @@ def _launch(name: str, arguments: Sequence[str]) -> int:
     if isinstance(options, JobOptions):
         start(made, options)
     elif not options.dry_run:
-        return run_task([*made.words, *options.script], {**os.environ, **made.settings})
+        _end(run_task([*made.words, *options.script], {**os.environ, **made.settings}))
     else:
         print(made.text(options.script))
     return 0
