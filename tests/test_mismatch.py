@@ -201,7 +201,7 @@ def test_a_users_communicator_gets_three_numbers_more() -> None:
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_equal_signatures_agree_exactly_and_others_do_not(size: int, dtype: torch.dtype) -> None:
     """Also of ranks that send zeros, as those do that have joined: they take no part."""
-    bits = (carried_module._EXACT[dtype] - (size - 1).bit_length()) // 2
+    bits = _verdict.exact_bits(size, carried_module._MANTISSA[dtype])
     generator = torch.Generator().manual_seed(0)
 
     def sums(signatures: list[int]) -> torch.Tensor:

@@ -13,10 +13,10 @@ from syncbn.errors import MismatchError
 
 from ._place import Call
 from ._protocol import BaseCommunicator, kind_of
-from ._verdict import AGREE, OTHER_PLACE, OTHER_VECTOR, refuse, setting
+from ._verdict import AGREE, OTHER_PLACE, OTHER_VECTOR, all_alike, exact_bits, refuse, setting
 
 _NUMBERS = 3
-_EXACT = {torch.float64: 53, torch.float32: 24}  # bits of the integers that a sum holds exactly
+_MANTISSA = {torch.float64: 53, torch.float32: 24}  # bits of the integers that it holds exactly
 
 
 class Carrying(BaseCommunicator):
@@ -60,7 +60,7 @@ class Carrying(BaseCommunicator):
         return verdict_of(self._add(self._signed(sent, signature + kind_of(x)))) == AGREE
 
     def _signed(self, x: Tensor, signature: int) -> Tensor:
-        h = signature % (1 << (_EXACT[x.dtype] - (self.size - 1).bit_length()) // 2)
+        h = signature % (1 << exact_bits(self.size, _MANTISSA[x.dtype]))
         signed = torch.tensor([1, h, h * h], dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
         return signed.to(x.device, non_blocking=True)  # from pinned memory: the host does not wait
 
@@ -70,7 +70,7 @@ def verdict_of(sums: Tensor) -> int:
     if not all(map(float.is_integer, numbers)):  # what a peer sent there was no signature
         return OTHER_PLACE
     ranks, first, second = map(int, numbers)
-    return AGREE if first * first == ranks * second else OTHER_PLACE
+    return AGREE if all_alike(ranks, first, second) else OTHER_PLACE
 
 
 class Verdicts:

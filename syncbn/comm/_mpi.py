@@ -15,7 +15,7 @@ from torch import Tensor
 from syncbn.errors import BackendError, GroupError
 
 from ._protocol import BaseCommunicator, Communicator, kind_of, part_of, wait_until
-from ._verdict import AGREE, OTHER_PLACE, OTHER_VECTOR
+from ._verdict import AGREE, OTHER_PLACE, OTHER_VECTOR, all_alike, exact_bits
 
 
 def _mpi() -> Any:
@@ -102,17 +102,17 @@ class MPI(BaseCommunicator):
 
         MPI takes what it gets: so the first message has one length for all, and says of what kind the vector is.
         """
-        bits = (53 - (self.size - 1).bit_length()) // 2  # so that the sums are exact, see `Carrying`
+        bits = exact_bits(self.size)
         h, k = signature % (1 << bits), kind % (1 << bits)
         _HEADER.pack_into(self._first, 0, h, h * h, k, k * k)
         data = self._data[: x.numel()]
         data.copy_(x)
         self._add([self._first, _mpi().DOUBLE])
         h, h2, k, k2 = map(int, _HEADER.unpack_from(self._first))
-        if k * k != self.size * k2:
+        if not all_alike(self.size, k, k2):
             return OTHER_VECTOR
         x.copy_(data)
-        return AGREE if h * h == self.size * h2 else OTHER_PLACE
+        return AGREE if all_alike(self.size, h, h2) else OTHER_PLACE
 
     def _add(self, buffer: Any) -> None:
         seconds = self.timeout.total_seconds()

@@ -47,6 +47,16 @@ def setting() -> bool | None:
     return {"": None, "0": False, "1": True}[text]
 
 
+def exact_bits(size: int, mantissa: int = 53) -> int:
+    """Return of how many bits numbers may be for the sums of `size` of their squares to be exact."""
+    return (mantissa - (size - 1).bit_length()) // 2
+
+
+def all_alike(ranks: int, first: int, second: int) -> bool:
+    """Tell whether so many numbers are all the same, from Σh and Σh²: (Σh)² = ranks·Σh² (Cauchy and Schwarz)."""
+    return first * first == ranks * second
+
+
 def refuse(error: MismatchError) -> None:
     """Raise `error`, or warn where that is wanted."""
     if setting() is not False:
