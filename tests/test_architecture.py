@@ -15,7 +15,7 @@ ROOT = Path(syncbn.__file__).parent
 # Each layer imports those before it, and none of its own; `syncbn` itself only gathers the names.
 LAYERS = [
     {"errors"},
-    {"_compiled", "_generated"},
+    {"_compiled", "_generated", "cluster._addresses"},
     {"_plain", "_epilogue"},
     {"_statistics", "_mask"},
     {"comm._place"},
@@ -46,7 +46,7 @@ LAYERS = [
     {"_torch_conversion", "_in_sync", "_optimizer_state"},
     {"_uneven"},
     {""},
-    {"cluster._addresses", "cluster._malloc"},
+    {"cluster._malloc"},
     {"cluster._options", "cluster._hosts", "cluster._network", "cluster._meeting"},
     {"cluster._board"},
     {"cluster._command", "cluster._agent"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 import socket
-import struct
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -105,15 +104,7 @@ def _connect(told: Whereabouts) -> tuple[Any, socket.socket | None]:
 
 
 def _addresses() -> list[str]:
-    """Return this host's IPv4 addresses, but the loopback's."""
-    import fcntl
+    """Return the IPv4 addresses by which other hosts may reach this one."""
+    from ..cluster._addresses import outer_interfaces  # of POSIX systems alone
 
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
-            try:  # SIOCGIFADDR
-                answer = fcntl.ioctl(any_socket.fileno(), 0x8915, struct.pack("256s", name.encode()))
-            except OSError:  # it has none
-                continue
-            found.append(socket.inet_ntoa(answer[20:24]))
-    return [address for address in found if not address.startswith("127.")]
+    return [interface.address for interface in outer_interfaces()]
