@@ -43,7 +43,7 @@ class Launched:
         """What was written so far, on all hosts."""
         return "".join(job.stdout for job in self.jobs)
 
-    def wait_for(self, texts: Sequence[str], seconds: float = 100) -> None:
+    def wait_for(self, texts: Sequence[str], seconds: float = 60) -> None:
         """Wait until all of `texts` were written, by whichever host."""
         deadline = time.monotonic() + seconds
         while not all(text in self.stdout for text in texts):

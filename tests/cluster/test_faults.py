@@ -60,7 +60,7 @@ def test_hosts_that_cannot_be_meant(hosts, launcher: str, place: list[str], said
     more = ["--nodes", "2", "--procs-per-node", "2"] if launcher == "torchrun" else []
     began = time.monotonic()
     job = first.run("bash", f"launch/{launcher}.sh", *more, *place, "--", STEPS_JOB)
-    assert job.returncode in (1, 2)  # 2: of the command line alone
+    assert job.returncode == (2 if said.startswith("expected") else 1)  # 2: of the command line alone
     assert said in job.stdout
     assert time.monotonic() - began < 10
 
@@ -84,7 +84,7 @@ def test_a_host_that_never_comes(hosts, there: int) -> None:
     place = ("--nodes", "2", "--procs-per-node", "2", "--master", "node1", "--timeout", "4")
     began = time.monotonic()
     job = host.run("bash", "launch/torchrun.sh", *place, "--", STEPS_JOB)
-    assert 3 < time.monotonic() - began < 45  # the head node imports torch first
+    assert 3 < time.monotonic() - began < 15
     assert job.returncode == 1
     said = (
         "1 of 2 hosts came within 4 s (node1)",
@@ -98,7 +98,7 @@ def test_hosts_that_disagree(hosts) -> None:
     place = ("bash", "launch/torchrun.sh", "--procs-per-node", "2", "--master", "node1", "--nodes")
     jobs = [first.start(*place, "2", "--", STEPS_JOB), second.start(*place, "3", "--", STEPS_JOB)]
     for job in jobs:
-        assert job.wait(60).returncode == 1
+        assert job.wait(20).returncode == 1
         assert "node2 was given --nodes 3, the head node --nodes 2" in job.stdout
 
 
@@ -134,7 +134,7 @@ def test_a_port_in_use(hosts, launch) -> None:
     other.process.kill()
     assert statuses == [1, 1]
     assert "port 29400 of node1 cannot be had (Address already in use)" in job.jobs[0].stdout
-    assert "another program has the port)" in job.jobs[1].stdout
+    assert "(the head node ended, or another program has the port)" in job.jobs[1].stdout
 
 
 def test_a_rank_killed_on_the_other_host(hosts, launch, launcher: str) -> None:
