@@ -316,7 +316,7 @@ def test_plain_srun_with_open_mpi_is_refused(cluster, tmp_path) -> None:
     refused = cluster.head.run(*srun, str(tmp_path / "job.py"))
     assert refused.returncode != 0
     assert "srun started 2 processes" in refused.stdout
-    assert "but the mpi world has 1: start the job with launch/mpirun.sh" in refused.stdout
+    assert "but the mpi world has 1: start it with `syncbn launch mpirun`" in refused.stdout
     assert "ranks, one on" not in refused.stdout
 
 
