@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 IMAGES = Path(__file__).parent / "images"
-WIDTH = 560
+WIDTH = 460
 INK, LINE, PAPER = "#1f2933", "#7b8794", "#ffffff"
 LOCAL, SHARED, QUIET = "#e3f0fb", "#ffe3b3", "#eef1f4"
 
@@ -54,8 +54,8 @@ def card(height: float, title: str, parts: Iterator[str]) -> str:
     )
 
 
-COLUMNS = (18, 198, 378)  # a replica each
-COLUMN = 164
+COLUMNS = (16, 163, 310)  # a replica each
+COLUMN = 134
 
 
 def row(y: float, cells: tuple[str, ...], fill: str = LOCAL) -> Iterator[str]:
@@ -84,14 +84,14 @@ def collectives() -> Iterator[str]:
     """What goes into a layer's two sums, and what comes out of them."""
     for x, name in zip(COLUMNS, ("replica 0", "replica 1", "replica 2"), strict=True):
         yield text(x + COLUMN / 2, 30, name, bold=True)
-    yield text(18, 62, "FORWARD", size=14, bold=True, anchor="start")
+    yield text(16, 62, "FORWARD", size=14, bold=True, anchor="start")
     yield from direction(72, "x", "Σx, Σx², n", "[Σx, Σx², N]: 2C + 1 numbers, float64", "y")
-    yield text(280, 332, "y = γ·(x − μ)/√(σ² + ε) + β; μ, σ² and the running", size=14)
-    yield text(280, 352, "statistics are the same bits on every replica", size=14)
-    yield text(18, 392, "BACKWARD", size=14, bold=True, anchor="start")
+    yield text(230, 332, "y = γ·(x − μ)/√(σ² + ε) + β; μ, σ² and the running", size=14)
+    yield text(230, 352, "statistics are the same bits on every replica", size=14)
+    yield text(16, 392, "BACKWARD", size=14, bold=True, anchor="start")
     yield from direction(402, "dy", "Σdy, Σdy·x̂", "[Σdy, Σdy·x̂]: 2C numbers, float64", "dx")
-    yield text(280, 662, "dβ and dγ are each replica's own Σdy and Σdy·x̂, before", size=14)
-    yield text(280, 682, "the sum: DDP or average_gradients reduces all gradients", size=14)
+    yield text(230, 662, "dβ and dγ are each replica's own Σdy and Σdy·x̂, before", size=14)
+    yield text(230, 682, "the sum: DDP or average_gradients reduces all gradients", size=14)
 
 
 FLOORS = (  # from the roof down; tests/test_figures.py says which modules live there
@@ -102,7 +102,7 @@ FLOORS = (  # from the roof down; tests/test_figures.py says which modules live 
     ("_layer", "the state, and one call"),
     ("functional", "sync_batch_norm: one function"),
     ("_autograd, _operators", "the mathematics and its derivatives"),
-    ("_checks, _recomputation, _names, _saved, _dtensor", "refused before any collective; what repeats what"),
+    ("_checks, _recomputation, _names, ...", "refused before any collective; what repeats what"),
     ("comm/", "“sum this vector”"),
     ("kernels/", "“work on this tensor”"),
     ("arithmetic", "_statistics, _mask, _epilogue"),
@@ -113,26 +113,27 @@ FLOORS = (  # from the roof down; tests/test_figures.py says which modules live 
 def house() -> Iterator[str]:
     """The floors, one above the other, and the wall between comm and kernels."""
     cli, *floors, comm, kernels, arithmetic, foundation = FLOORS
-    yield f'<path d="M14 92L280 14L546 92z" fill="{QUIET}" stroke="{LINE}"/>'
-    yield text(280, 60, cli[0], bold=True)
-    yield text(280, 80, cli[1], size=14)
+    yield f'<path d="M10 92L230 14L450 92z" fill="{QUIET}" stroke="{LINE}"/>'
+    yield text(230, 60, cli[0], bold=True)
+    yield text(230, 80, cli[1], size=14)
     for n, floor in enumerate(floors):
-        yield box(30, 96 + 56 * n, 500, 52, *floor, fill=LOCAL if 2 < n < 6 else QUIET)
+        yield box(20, 96 + 56 * n, 420, 52, *floor, fill=LOCAL if 2 < n < 6 else QUIET)
     ground = 96 + 56 * len(floors)
-    members = ("torch.distributed, MPI, Horovod,", "shared memory, threads", "knows no batch norm")
-    yield box(30, ground, 244, 128, *comm, *members, fill=SHARED)
-    yield box(286, ground, 244, 70, *kernels, "knows no replicas", fill=SHARED)
-    yield box(286, ground + 74, 244, 54, *arithmetic, fill=QUIET)
-    yield f'<path d="M280 {ground}V{ground + 128}" stroke="{INK}" stroke-width="5"/>'
-    yield box(30, ground + 132, 500, 52, *foundation, fill=QUIET)
-    yield text(280, ground + 208, "Who stands higher may know what is below; the wall has no door.", size=14)
+    members = ("torch.distributed, MPI,", "Horovod, shared memory", "knows no batch norm")
+    yield box(20, ground, 205, 128, *comm, *members, fill=SHARED)
+    yield box(235, ground, 205, 70, *kernels, "knows no replicas", fill=SHARED)
+    yield box(235, ground + 74, 205, 54, *arithmetic, fill=QUIET)
+    yield f'<path d="M230 {ground}V{ground + 128}" stroke="{INK}" stroke-width="5"/>'
+    yield box(20, ground + 132, 420, 52, *foundation, fill=QUIET)
+    yield text(230, ground + 208, "Who stands higher may know what is below;", size=14)
+    yield text(230, ground + 228, "the wall has no door.", size=14)
 
 
 def drawn() -> dict[str, str]:
     """The pictures by the names of their files."""
     return {
         "collectives.svg": card(700, "The two collectives of a layer: one forward, one backward", collectives()),
-        "house.svg": card(726, "Which part of syncbn may know which", house()),
+        "house.svg": card(742, "Which part of syncbn may know which", house()),
     }
 
 
