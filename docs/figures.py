@@ -105,7 +105,7 @@ FLOORS = (  # from the roof down; tests/test_figures.py says which modules live 
     ("_checks, _recomputation, _names, ...", "refused before any collective; what repeats what"),
     ("comm/", "“sum this vector”"),
     ("kernels/", "“work on this tensor”"),
-    ("arithmetic", "_statistics, _mask, _epilogue"),
+    ("arithmetic", "_statistics, _mask, ..."),
     ("errors, _plain, _compiled", "and csrc/: what comm and kernels have in C++"),
 )
 
@@ -133,7 +133,7 @@ def drawn() -> dict[str, str]:
     """The pictures by the names of their files."""
     return {
         "collectives.svg": card(700, "The two collectives of a layer: one forward, one backward", collectives()),
-        "house.svg": card(742, "Which part of syncbn may know which", house()),
+        "house.svg": card(738, "Which part of syncbn may know which", house()),
     }
 
 
