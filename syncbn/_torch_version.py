@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["OLDEST"]
+__all__ = ["OLDEST", "refuse_older"]
 
 OLDEST = (2, 6)
 
-# As numbers: pip counts a pre-release of 2.6, as some containers bring, as older.
-if tuple(int(number) for number in torch.__version__.split(".")[:2]) < OLDEST:
-    raise ImportError(
-        f"syncbn needs torch {OLDEST[0]}.{OLDEST[1]} or newer, and {torch.__version__} is installed "
-        f"({torch.__path__[0]}): pip install --upgrade torch, or an older syncbn"
-    )
+
+def refuse_older(version: str) -> None:
+    """Raise ImportError if this version of torch is older than OLDEST.
+
+    By the numbers alone: pip counts a pre-release of 2.6, which some containers bring, as older.
+    """
+    if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
+        raise ImportError(
+            f"syncbn needs torch {OLDEST[0]}.{OLDEST[1]} or newer, and {version} is installed ({torch.__path__[0]}): "
+            "pip install --upgrade torch, or an older syncbn"
+        )
+
+
+refuse_older(torch.__version__)
