@@ -44,7 +44,7 @@ class Buffer {
     }
 
     void finish() {
-        if (copy_) checked(PyObject_CallMethodOneArg(tensor_.ptr(), torch().copy, copy_.ptr()));
+        if (copy_) checked(call_method(tensor_, torch().copy, copy_.ptr()));
     }
 
   private:

@@ -82,7 +82,13 @@ inline nb::object checked(PyObject *result) {
 }
 
 inline nb::object get(nb::handle of, PyObject *name) { return checked(PyObject_GetAttr(of.ptr(), name)); }
-inline nb::object call(nb::handle of, PyObject *name) { return checked(PyObject_CallMethodNoArgs(of.ptr(), name)); }
+
+// As PyObject_CallMethodNoArgs and PyObject_CallMethodOneArg, which Python's stable ABI lacks.
+template <typename... Arguments> PyObject *call_method(nb::handle of, PyObject *name, Arguments... arguments) {
+    PyObject *const all[] = {of.ptr(), arguments...};
+    return PyObject_VectorcallMethod(name, all, std::size(all) | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+}
+inline nb::object call(nb::handle of, PyObject *name) { return checked(call_method(of, name)); }
 inline bool is_true(const nb::object &value) { return value.ptr() == Py_True; }
 
 inline int64_t integer(nb::handle value) {
@@ -152,15 +158,15 @@ struct Tensor {
         const nb::object of = get(tensor, torch().dtype);
         while (dtype < KNOWN && of.ptr() != torch().dtypes[dtype]) dtype++;
         const nb::object shape = get(tensor, torch().shape), stride = call(tensor, torch().stride);
-        dims = PyTuple_GET_SIZE(shape.ptr());
+        dims = PyTuple_Size(shape.ptr());
         own_.reset(new int64_t[2 * dims]);
         for (Py_ssize_t d = 0; d < dims; d++) {
-            own_[d] = integer(PyTuple_GET_ITEM(shape.ptr(), d));
-            own_[dims + d] = integer(PyTuple_GET_ITEM(stride.ptr(), d));
+            own_[d] = integer(PyTuple_GetItem(shape.ptr(), d));
+            own_[dims + d] = integer(PyTuple_GetItem(stride.ptr(), d));
         }
         sizes = own_.get(), strides = sizes + dims;
         if (!on_cpu) return;
-        const nb::object address = nb::steal(PyObject_CallMethodNoArgs(tensor.ptr(), torch().data_ptr));
+        const nb::object address = nb::steal(call_method(tensor, torch().data_ptr));
         if (address) at = PyLong_AsVoidPtr(address.ptr());
         PyErr_Clear();  // a wrapper of torch.func has none
     }
@@ -291,7 +297,7 @@ inline double *result(const char *name, nb::handle tensor, int64_t length) {
 
 // One of the fields of a NamedTuple.
 inline nb::handle field(const char *name, nb::handle fields, Py_ssize_t length, Py_ssize_t k) {
-    if (!PyTuple_Check(fields.ptr()) || PyTuple_GET_SIZE(fields.ptr()) != length)
+    if (!PyTuple_Check(fields.ptr()) || PyTuple_Size(fields.ptr()) != length)
         refuse(name, "expected a tuple of " + std::to_string(length));
-    return PyTuple_GET_ITEM(fields.ptr(), k);
+    return PyTuple_GetItem(fields.ptr(), k);
 }

@@ -6,6 +6,7 @@ Start the job with torchrun, mpirun, horovodrun or srun, and in the script::
     model = syncbn.convert_sync_batchnorm(model)
 """
 
+from . import _torch_version as _torch_version
 from . import comm as comm
 from . import errors as errors
 from . import functional as functional

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -866,14 +867,18 @@ def test_without_compiled_kernels_it_says_so_once_and_raises_nothing():
     """Not a warning: python -W error would make an exception of it, on one rank alone."""
     code = (
         "import sys; sys.modules['syncbn._native'] = None\n"
-        "import torch; from syncbn.kernels import kernels_for, _composed\n"
-        "assert kernels_for(torch.ones(2, 2)) is kernels_for(torch.ones(2)) is _composed\n"
+        "import torch; from syncbn.kernels import composed_only, kernels_for, _composed\n"
+        "say = lambda text: print(text, file=sys.stderr)\n"
+        "x = torch.ones(2, 2)\n"
+        "with composed_only(): kernels_for(x)\n"
+        "kernels_for(x.to('meta')); say('so far nothing')\n"  # which the compiled ones would not have taken either
+        "assert kernels_for(x) is kernels_for(torch.ones(2)) is _composed\n"
     )
-    job = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], check=False, capture_output=True, text=True, timeout=50
-    )
+    job = run("-W", "error", "-c", code)
     assert job.returncode == 0, job.stderr
-    assert job.stderr.count("compiled CPU kernels") == 1
+    nothing, said = job.stderr.splitlines()
+    assert nothing == "so far nothing"
+    assert re.search("several times slower.*compiled.*pip install.*SYNCBN_BUILD_NATIVE", said)
 
 
 def test_objects_alive_at_exit_are_quiet():

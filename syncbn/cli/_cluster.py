@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
-from syncbn._compiled import native
+from syncbn._compiled import REINSTALL, native
 from syncbn._launch import Launch
 from syncbn.cluster._malloc import REMEDY, gives_memory_back
 from syncbn.cluster._network import Network
@@ -189,8 +189,7 @@ def _paths(world: Sequence[Facts]) -> Iterable[Finding]:
             text = (
                 f"{_ranks(missing)}: without the compiled kernels the layers are computed {slow}, without shared memory"
             )
-            remedy = "reinstall syncbn there with a C++ compiler and without SYNCBN_BUILD_NATIVE=0"
-            yield Finding("warning", f"{text}: {remedy}")
+            yield Finding("warning", f"{text}: there {REINSTALL}")
     apart = [rank for rank in world if rank.shared_memory_setting == "0"]
     over_gloo = world[0].variable == "GLOO_SOCKET_IFNAME"  # MPI and Horovod have ways of their own
     if over_gloo and apart and len(apart) < len(world) and not all(rank.device_id for rank in world):

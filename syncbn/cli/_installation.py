@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import syncbn
+from syncbn._compiled import REINSTALL, absence, native
 from syncbn._launch import Launch
 from syncbn.cluster._command import find
 from syncbn.cluster._malloc import REMEDY, gives_memory_back
@@ -86,14 +87,11 @@ def _gloo() -> Part:
 
 
 def _kernels() -> Part:
-    if find_spec("syncbn._native") is None:
-        remedy = "reinstall syncbn with a C++ compiler, without SYNCBN_BUILD_NATIVE=0; until then several times slower"
-        return Part("compiled kernels", "absent", "plain torch operations instead", remedy)
-    try:
-        from syncbn import _native
-    except ImportError as error:
-        return Part("compiled kernels", "broken", str(error), "reinstall syncbn: it was built for another Python")
-    used, *others = _native.instruction_sets()
+    if native is None:
+        state = "absent" if find_spec("syncbn._native") is None else "broken"
+        what = f"plain torch operations instead, several times slower, as {absence}"
+        return Part("compiled kernels", state, what, REINSTALL)
+    used, *others = native.instruction_sets()
     what = f"{used} (there are {', '.join(others)} too)" if others else used
     if os.environ.get("SYNCBN_KERNELS", "") not in ("", "compiled"):
         return Part("compiled kernels", "ok", f"{what}, turned off", "unset SYNCBN_KERNELS to use them")
@@ -101,7 +99,7 @@ def _kernels() -> Part:
 
 
 def _shared_memory() -> Part:
-    if find_spec("syncbn._native") is None:
+    if native is None:
         return Part("shared memory", "absent", "needs the compiled module", "as for the compiled kernels")
     try:
         sums = run_threads(2, _sum_in_shared_memory)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from .._compiled import REINSTALL, absence, native
 from .._plain import are_plain
 from ..errors import KernelsError
 from . import _composed, _torch, _triton
@@ -20,6 +21,7 @@ CHOICES = "compiled (CPU), triton (CUDA), torch (CUDA, PyTorch's own) or compose
 
 _sets: tuple[Kernels, ...] | None = None  # what comes before the composed kernels, once it is known
 _named = ""  # the one set that SYNCBN_KERNELS asks for, unless that is the composed one
+_said_slow = False
 
 
 def kernels_for(*tensors: Tensor | None) -> Kernels:
@@ -36,6 +38,8 @@ def kernels_for(*tensors: Tensor | None) -> Kernels:
             return kernels
     if _named:
         _refuse_plain(tensors)
+    elif native is None and _sets:
+        _say_slow(tensors)
     return _composed
 
 
@@ -72,13 +76,13 @@ def _the(name: str) -> tuple[Kernels, ...]:
             raise KernelsError(f"SYNCBN_KERNELS=triton: {problem}, or set SYNCBN_KERNELS to {CHOICES}")
         return (_triton,)
     if name == "compiled":
-        try:
-            from . import _cpu
-        except ImportError as error:
+        if native is None:
             raise KernelsError(
-                f"SYNCBN_KERNELS=compiled: syncbn was installed without its compiled CPU kernels ({error}): reinstall "
-                f"with a C++ compiler and without SYNCBN_BUILD_NATIVE=0, or set SYNCBN_KERNELS to {CHOICES}"
-            ) from error
+                f"SYNCBN_KERNELS=compiled: syncbn has no compiled CPU kernels, as {absence}: {REINSTALL}; or set "
+                f"SYNCBN_KERNELS to {CHOICES}"
+            )
+        from . import _cpu
+
         return (_cpu,)
     raise KernelsError(f"SYNCBN_KERNELS={name} names no kernels: set it to {CHOICES}")
 
@@ -94,13 +98,23 @@ def _refuse_plain(tensors: tuple[Tensor | None, ...]) -> None:
 
 
 def _installed() -> tuple[Kernels, ...]:
-    try:
-        from . import _cpu
-    except ImportError as error:  # a log record: as an exception, under python -W error, one rank would raise it alone
-        log.warning(
-            "syncbn was installed without its compiled CPU kernels and uses plain torch operations, several times "
-            "slower: reinstall with a C++ compiler and without SYNCBN_BUILD_NATIVE=0 (%s)",
-            error,
-        )
+    if native is None:
         return _triton, _torch
+    from . import _cpu
+
     return _cpu, _triton, _torch
+
+
+def _say_slow(tensors: tuple[Tensor | None, ...]) -> None:
+    """Log once what is missing, when there is the first call that it would have served."""
+    global _said_slow
+    if _said_slow or not are_plain(tensors, "cpu"):
+        return
+    _said_slow = True
+    # A log record: as an exception, under python -W error, one rank would raise it alone.
+    log.warning(
+        "syncbn computes with plain torch operations, several times slower than its compiled CPU kernels, and adds "
+        "over sockets rather than in shared memory, as %s: %s",
+        absence,
+        REINSTALL,
+    )
