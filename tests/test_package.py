@@ -24,7 +24,10 @@ def settings() -> dict[str, Any]:
 
 
 def test_version(settings: dict[str, Any]) -> None:
-    assert syncbn.__version__ == settings["project"]["version"]
+    """In one place, from which the build reads it; the change log begins with it."""
+    assert settings["tool"]["scikit-build"]["metadata"]["version"]["input"] == "syncbn/__init__.py"
+    releases = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert releases[0] == syncbn.__version__
 
 
 def test_commands_are_there(settings: dict[str, Any]) -> None:
