@@ -15,7 +15,7 @@ ROOT = Path(syncbn.__file__).parent
 # Each layer imports those before it, and none of its own; `syncbn` itself only gathers the names.
 LAYERS = [
     {"errors"},
-    {"_compiled", "_generated", "cluster._addresses"},
+    {"_compiled", "_generated", "_launch", "cluster._addresses"},
     {"_plain", "_epilogue"},
     {"_statistics", "_mask"},
     {"comm._place"},

@@ -14,7 +14,7 @@ import torch
 from conftest import run_job
 
 from syncbn._compiled import native
-from syncbn._launcher import Launch
+from syncbn._launch import Launch
 from syncbn.cli import _doctor, _installation, main
 from syncbn.cli._cluster import Collective, Facts, _measured, collectives, facts, findings, merged
 from syncbn.cli._installation import Part
@@ -365,7 +365,7 @@ def test_as_a_person_sees_it(launch) -> None:
 ILL = """
 import os, signal, sys, time
 import syncbn
-from syncbn._launcher import detect
+from syncbn._launch import detect
 from syncbn.cli import _doctor, main
 
 if detect(os.environ).rank == 1:

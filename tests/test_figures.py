@@ -26,7 +26,7 @@ FLOORS = [
     {"comm"},
     {"kernels"},
     {"_epilogue", "_mask", "_statistics"},
-    {"errors", "_compiled", "_generated", "_plain", "cluster._addresses"},
+    {"errors", "_compiled", "_generated", "_launch", "_plain", "cluster._addresses"},
 ]
 HEIGHT = {module: -n for n, floor in enumerate(FLOORS) for module in floor}
 

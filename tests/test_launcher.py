@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 import socket
 import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import pytest
+import torch
 from conftest import run_job, start_job
 
 import syncbn
-from syncbn._launcher import Launch, _default_backend, _first_host, _meeting_point, detect
-from syncbn.comm import SingleProcess
-from syncbn.errors import BackendError, LaunchError
+from syncbn._launch import Launch, detect
+from syncbn._launcher import _default_backend, _first_host, _meeting_point
+from syncbn.comm import SingleProcess, _groups
+from syncbn.errors import BackendError, InputError, LaunchError
 
 # What each launcher sets, of the variables that matter. Those of torchrun, Open MPI and horovodrun are met for real
 # further down; those of SLURM were recorded in the lab of tests/cluster; those of MPICH are from its documentation.
@@ -144,6 +149,37 @@ def test_alone_there_is_nothing_to_join() -> None:
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(LaunchError, match=r"unknown backend 'ncll'.*nccl"):
         syncbn.init("ncll")
+
+
+@pytest.mark.parametrize("wrong", [5, None, timedelta(0), timedelta(seconds=-1)])
+@pytest.mark.parametrize("take", [
+    lambda timeout: syncbn.init(timeout=timeout),
+    lambda timeout: syncbn.comm.MPI(timeout=timeout),
+    lambda timeout: syncbn.comm.Horovod(timeout=timeout),
+    lambda timeout: syncbn.comm.SharedMemory(SingleProcess(), timeout=timeout),
+    lambda timeout: syncbn.comm.TorchDistributed(timeout=timeout or 0),  # None: the group's own
+])  # fmt: skip
+def test_a_timeout_that_is_none(take: Callable[[Any], Any], wrong: Any) -> None:
+    with pytest.raises(InputError, match="expected a positive datetime"):
+        take(wrong)
+
+
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_a_job_without_init_is_told_so_once(monkeypatch: pytest.MonkeyPatch, caplog, size: str) -> None:
+    """Its layers would normalise with statistics of their own, without a word."""
+    monkeypatch.setattr(_groups, "_looked_for_launcher", False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", size)
+    layer = syncbn.SyncBatchNorm(2)
+    layer.eval()(torch.ones(2, 2))
+    assert not caplog.records  # eval needs no peer
+    layer.train()(torch.randn(2, 2))
+    layer(torch.randn(2, 2))
+    said = [record.getMessage() for record in caplog.records if "syncbn.init()" in record.getMessage()]
+    assert said == ([] if size == "1" else [
+        "mpirun started 2 processes (OMPI_COMM_WORLD_SIZE), and each works by itself, with statistics of its own: call "
+        "syncbn.init() before the first batch"
+    ])  # fmt: skip
 
 
 @pytest.mark.parametrize(("package", "remedy"), [("mpi4py", "syncbn[mpi]"), ("horovod", "syncbn install-horovod")])

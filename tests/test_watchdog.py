@@ -63,6 +63,7 @@ def test_threshold(monkeypatch: pytest.MonkeyPatch, given, env: str, timeout: fl
         (None, "61", "SYNCBN_WATCHDOG=61: expected 0, for no watchdog, or less than the timeout of 60 s"),
         (None, "nan", "SYNCBN_WATCHDOG=nan: expected 0"),
         (None, "often", "SYNCBN_WATCHDOG=often: expected a number of seconds"),
+        (5, "", r"init\(watchdog=5\): expected a datetime.timedelta"),
     ],
 )
 def test_an_impossible_threshold_is_refused_before_anybody_waits(monkeypatch, given, env, message) -> None:

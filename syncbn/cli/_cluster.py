@@ -18,7 +18,7 @@ from torch import Tensor
 
 import syncbn
 from syncbn._compiled import native
-from syncbn._launcher import Launch
+from syncbn._launch import Launch
 from syncbn.cluster._malloc import REMEDY, gives_memory_back
 from syncbn.cluster._network import Network
 from syncbn.comm import Communicator, SharedMemory, TorchDistributed

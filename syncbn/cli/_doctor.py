@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from syncbn._launcher import Launch, detect
+from syncbn._launch import Launch, detect
 from syncbn.cluster._network import network
 from syncbn.errors import LaunchError
 

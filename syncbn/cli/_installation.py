@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import syncbn
-from syncbn._launcher import Launch
+from syncbn._launch import Launch
 from syncbn.cluster._command import find
 from syncbn.cluster._malloc import REMEDY, gives_memory_back
 from syncbn.cluster._network import network

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import syncbn
-from syncbn._launcher import Launch
+from syncbn._launch import Launch
 from syncbn.cluster._network import network, suspicions
 from syncbn.comm import Communicator
 

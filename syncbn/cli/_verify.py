@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncbn import SyncBatchNorm
-from syncbn._launcher import Launch, detect
+from syncbn._launch import Launch, detect
 from syncbn.comm import Communicator
 from syncbn.errors import LaunchError, SyncBatchNormError
 from syncbn.kernels import kernels_for

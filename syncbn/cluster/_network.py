@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from syncbn._launcher import Environment, Launch
+from syncbn._launch import Environment, Launch
 
 from . import _addresses
 from ._addresses import HOST, is_loopback

@@ -16,7 +16,7 @@ from syncbn.errors import GroupError
 from ._carried import Carrying
 from ._hosts import by_hosts
 from ._pairs import Pairs
-from ._protocol import BaseCommunicator, Communicator, log, part_of
+from ._protocol import BaseCommunicator, Communicator, check_timeout, log, part_of
 
 _c10d: Any = getattr(dist, "distributed_c10d", None)  # None: a torch without torch.distributed
 _TAG = 0x5BA7  # of messages between two ranks: not one that the user's own have
@@ -50,6 +50,8 @@ class TorchDistributed(Carrying):
     def __init__(
         self, group: dist.ProcessGroup | None = None, *, timeout: timedelta | None = None, own_group: bool = False
     ) -> None:
+        if timeout is not None:
+            check_timeout(timeout)
         if not (dist.is_available() and dist.is_initialized()):
             raise GroupError(
                 "torch.distributed is not initialised: call syncbn.init() or torch.distributed.init_process_group()"

@@ -9,7 +9,9 @@ Handles are held weakly: a group that its owner destroys is gone, and what was m
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from syncbn.errors import GroupError
+from syncbn._launch import detect
+from syncbn.errors import GroupError, LaunchError
 
 from . import _mpi
 from ._distributed import TorchDistributed
@@ -43,6 +46,7 @@ _EXPECTED = (
 alone = SingleProcess()
 _world: BaseCommunicator = alone
 _parts: dict[str, BaseCommunicator] = {}  # of this world, by key
+_looked_for_launcher = False
 
 
 def world() -> BaseCommunicator:
@@ -89,8 +93,26 @@ def set_world(comm: BaseCommunicator) -> BaseCommunicator:
     return comm
 
 
+def _world_or_warning() -> BaseCommunicator:
+    """Return the world; log, once, if it is this process alone although a launcher started several."""
+    global _looked_for_launcher
+    comm = world()
+    if comm is alone and not _looked_for_launcher:
+        _looked_for_launcher = True
+        with contextlib.suppress(LaunchError):  # contradictory variables: `init` says which
+            launch = detect(os.environ)
+            if launch.size > 1:
+                # A log record: as an exception, under python -W error, one rank would raise it alone.
+                log.warning(
+                    "%s started %d processes (%s), and each works by itself, with statistics of its own: call "
+                    "syncbn.init() before the first batch",
+                    *(launch.launcher, launch.size, launch.variables[1]),
+                )
+    return comm
+
+
 def _part(key: str) -> BaseCommunicator:
-    whole = world()
+    whole = _world_or_warning()
     part = _parts.get(key)
     if part is None or part.state == "closed":
         if not isinstance(whole, Splittable):
@@ -322,7 +344,7 @@ def communicator(key: str) -> BaseCommunicator:
         BackendError: the package behind the handle is missing.
     """
     if key == "world":
-        return world()
+        return _world_or_warning()
     native = _natives.get(key)
     if native is not None:
         return native.communicator()

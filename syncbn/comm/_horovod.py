@@ -17,7 +17,7 @@ from torch import Tensor
 from syncbn.errors import BackendError, CollectiveError, GroupError, PeerLostError
 
 from ._carried import Carrying
-from ._protocol import LOST, Communicator, part_of, wait_until
+from ._protocol import LOST, Communicator, check_timeout, part_of, wait_until
 
 
 def _hvd() -> Any:
@@ -54,6 +54,7 @@ class Horovod(Carrying):
     backends = frozenset({"horovod"})
 
     def __init__(self, process_set: Any = None, *, timeout: timedelta = timedelta(minutes=10)) -> None:
+        check_timeout(timeout)
         hvd = _hvd()
         if not hvd.is_initialized():
             raise GroupError("Horovod is not initialised: call syncbn.init() or horovod.torch.init()")

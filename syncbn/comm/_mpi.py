@@ -14,7 +14,7 @@ from torch import Tensor
 
 from syncbn.errors import BackendError, GroupError
 
-from ._protocol import BaseCommunicator, Communicator, kind_of, part_of, wait_until
+from ._protocol import BaseCommunicator, Communicator, check_timeout, kind_of, part_of, wait_until
 from ._verdict import AGREE, OTHER_PLACE, OTHER_VECTOR, all_alike, exact_bits
 
 
@@ -63,6 +63,7 @@ class MPI(BaseCommunicator):
     def __init__(
         self, comm: Any = None, *, timeout: timedelta = timedelta(minutes=10), cuda_aware: bool = False
     ) -> None:
+        check_timeout(timeout)
         mpi = _mpi()
         comm = mpi.COMM_WORLD if comm is None else comm
         if comm == mpi.COMM_NULL:

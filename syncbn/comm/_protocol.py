@@ -10,6 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +20,7 @@ from syncbn.errors import (
     CollectiveError,
     DTypeError,
     GroupError,
+    InputError,
     MismatchError,
     PeerLostError,
     SyncBatchNormError,
@@ -302,6 +304,12 @@ def wait_until(done: Callable[[], bool], seconds: float, comm: BaseCommunicator)
         if time.monotonic() > deadline:
             return False
     return True
+
+
+def check_timeout(timeout: timedelta) -> None:
+    """Refuse what is no time to wait; InputError, before any communication."""
+    if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
+        raise InputError(f"timeout={timeout!r}: expected a positive datetime.timedelta, such as timedelta(seconds=60)")
 
 
 def part_of(rank: int, partition: Sequence[Sequence[int]]) -> Sequence[int]:

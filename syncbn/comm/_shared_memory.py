@@ -15,7 +15,7 @@ from torch import Tensor
 from syncbn._compiled import native
 from syncbn.errors import BackendError, GroupError
 
-from ._protocol import BaseCommunicator, Communicator, part_of
+from ._protocol import BaseCommunicator, Communicator, check_timeout, part_of
 from ._verdict import AGREE
 
 _Memory: Any = getattr(native, "SharedMemory", None)  # None also where the system is not Linux
@@ -54,6 +54,7 @@ class SharedMemory(BaseCommunicator):
         *,
         timeout: timedelta = timedelta(minutes=10),
     ) -> None:
+        check_timeout(timeout)
         part = list(range(over.size) if partition is None else part_of(over.rank, partition))
         super().__init__(part.index(over.rank), len(part))
         self.seconds = timeout.total_seconds()

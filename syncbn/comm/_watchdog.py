@@ -53,6 +53,8 @@ def threshold(given: timedelta | None, timeout: timedelta) -> float:
     if given is None and not text:
         return _DEFAULT if limit > _DEFAULT else limit / 2
     what = f"{_VARIABLE}={text}" if given is None else f"init(watchdog={given!r})"
+    if not isinstance(given, timedelta | None):
+        raise InputError(f"{what}: expected a datetime.timedelta, timedelta(0) for no watchdog")
     try:
         seconds = float(text) if given is None else given.total_seconds()
     except ValueError:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import syncbn
-from syncbn._launcher import detect
+from syncbn._launch import detect
 from syncbn.comm._groups import communicator, resolve
 from syncbn.errors import GroupError
 
