@@ -1,4 +1,4 @@
-"""`python -m syncbn bench` with the project's own bars beside what it measured. See launch/bench.sh.
+"""`syncbn bench` with the project's own bars beside what it measured. See launch/bench.sh.
 
 The bars are for 2 ranks of one thread; "one rank" is each by itself, without peers.
 """

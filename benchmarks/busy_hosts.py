@@ -7,7 +7,7 @@ Measures twice: as the machine is, and beside one process for each core that dec
 a data loader do, at the same priority. Columns: one all-reduce of 129 float64 numbers (a layer of 64 channels) over
 syncbn's communicator and over Gloo; forward and backward of the layer at (2, 64, 8, 8), which has two of them; and the
 median over the runs of that layer / one Gloo all-reduce that followed each other: 0.3 at most on idle cores and 1.0 on
-busy ones is the aim. Then a training step, synchronised / local, of the ResNet of `python -m syncbn bench` and of
+busy ones is the aim. Then a training step, synchronised / local, of the ResNet of `syncbn bench` and of
 ResNet-18. All variants run interleaved; the times are of rank 0.
 """
 

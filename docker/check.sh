@@ -44,7 +44,7 @@ absent /etc/ssh /home/syncbn/.ssh -type f ! -name '*_config' ! -name moduli # ke
 [[ $(in_image id -u) != 0 ]] || die "it runs as root"
 
 step "health check"
-in_image python -m syncbn doctor
+in_image syncbn doctor
 
 trap 'clean_up || say "could not clean up: ${compose[*]} down"' EXIT
 clean_up || true # what a check that was killed has left

@@ -2,7 +2,7 @@
 # Usage: launch/bench.sh [--dry-run] [OPTION ...]
 #
 # Runs the benchmark of docs/performance.md in 2 processes of one thread each. The options are those of
-# `python -m syncbn bench`; --help of that lists them. The project's own bars come last.
+# `syncbn bench`; --help of that lists them. The project's own bars come last.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

@@ -32,7 +32,7 @@ use_environment() {
   fi
 }
 
-# Becomes a launcher. By the folder, which is `python -m syncbn launch` without the seconds that importing torch takes.
+# Becomes a launcher. By the folder, which is `syncbn launch` without the seconds that importing torch takes.
 launch() { # torchrun | mpirun | ... ARGUMENT ...
   local python
   use_environment

@@ -31,4 +31,4 @@ from ._torch_conversion import replace_torch_conversion as replace_torch_convers
 from ._uneven import uneven as uneven
 from .comm._groups import world as world
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

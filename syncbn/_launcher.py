@@ -255,7 +255,7 @@ def _join(launch: Launch, backend: str, timeout: timedelta) -> BaseCommunicator:
         comm.close()
         remedy = "start the job with that backend's launcher, or with the MPI that mpi4py loads"
         if launch.launcher == "srun":  # whose --mpi is "none" on most clusters: MPI then makes a world of each task
-            remedy = "start the job with launch/mpirun.sh in an sbatch script, or with srun --mpi=pmix (MPICH: pmi2)"
+            remedy = "start it with `syncbn launch mpirun` in an sbatch script, or with srun --mpi=pmix (MPICH: pmi2)"
         raise LaunchError(
             f"{launch.launcher} started {launch.size} processes ({', '.join(launch.variables)}) but the {backend} "
             f"world has {comm.size}: {remedy}"
@@ -328,7 +328,7 @@ def _meeting_point(launch: Launch, env: Environment) -> str:
         return "env://"  # torchrun serves the store there, and tells so in further variables
     if launch.launcher == "srun":
         address = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", ""))
-        # launch/slurm-rank.sh comes to the same number; the system gives those from 32768 on to clients.
+        # `syncbn launch slurm-rank` comes to the same number; the system gives those from 32768 on to clients.
         port = env.get("MASTER_PORT") or str(20000 + _number(env, "SLURM_JOB_ID", launcher="srun") % 10000)
         return f"tcp://{address}:{port}"
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]

@@ -54,7 +54,7 @@ LAYERS = [
     {"cluster._mpirun", "cluster._horovodrun"},
     {"cluster._main"},
     {"cluster", "cluster.__main__"},
-    {"cli._measure", "cli._report"},
+    {"cli._measure", "cli._report", "cli._horovod_build"},
     {"cli._job", "cli._training"},
     {"cli._bench", "cli._installation", "cli._cluster", "cli._comparison"},
     {"cli._doctor", "cli._model"},

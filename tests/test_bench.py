@@ -1,4 +1,4 @@
-"""`python -m syncbn bench`, without waiting for figures."""
+"""`syncbn bench`, without waiting for figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m syncbn doctor`: what it says of fake environments, and of real jobs, sound and ill."""
+"""`syncbn doctor`: what it says of fake environments, and of real jobs, sound and ill."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_collectives_over_threads() -> None:
         names = {outcome.name: outcome for outcome in outcomes}
         assert not any(outcome.failed for outcome in outcomes)
         assert names["ThreadReplica"].seconds > 0
-        assert "not under mpirun" in names["Horovod"].note
+        assert "only under horovodrun: syncbn launch horovodrun" in names["Horovod"].note
 
 
 def test_two_ranks_on_one_device_do_not_try_nccl() -> None:
@@ -312,7 +312,7 @@ def test_an_mpirun_of_another_mpi(tmp_path, monkeypatch: pytest.MonkeyPatch) -> 
     mpirun = tmp_path / "mpirun"
     mpirun.write_text("#!/bin/sh\necho 'HYDRA build details:'\n")
     mpirun.chmod(mpirun.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # the one beside it counts, on PATH or not
     mpi = Part("MPI", "ok", "Open MPI v5.0.11 by mpi4py 4.1.2, not GPU-aware")
     assert _installation._mpirun(mpi).state == "broken"
     assert "world of one" in _installation._mpirun(mpi).remedy

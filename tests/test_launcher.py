@@ -146,7 +146,7 @@ def test_an_unknown_backend_is_refused() -> None:
         syncbn.init("ncll")
 
 
-@pytest.mark.parametrize(("package", "remedy"), [("mpi4py", "syncbn[mpi]"), ("horovod", "install_horovod.sh")])
+@pytest.mark.parametrize(("package", "remedy"), [("mpi4py", "syncbn[mpi]"), ("horovod", "syncbn install-horovod")])
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, package: str, remedy: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, "horovod.torch", None)

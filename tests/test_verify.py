@@ -1,4 +1,4 @@
-"""`python -m syncbn verify` passes what is right, and fails what is not."""
+"""`syncbn verify` passes what is right, and fails what is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m syncbn bench`: the layer against nn.BatchNorm2d and against what the memory allows."""
+"""`syncbn bench`: the layer against nn.BatchNorm2d and against what the memory allows."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def add_command(commands: Any) -> None:
         "bench",
         help="time the layer, its collectives and a training step",
         description="Times the layer against nn.BatchNorm2d, the composed path, the streaming floor and the bare "
-        "collectives. Start it alone or with launch/bench.sh.",
+        "collectives. Start it alone or in two ranks: syncbn launch torchrun --procs-per-node 2 -- -m syncbn bench",
     )
     add_arguments(parser)
     parser.set_defaults(run=run)

@@ -247,7 +247,7 @@ def collectives(comm: Communicator, launch: Launch, world: Sequence[Facts], time
     yield _within_hosts(comm, world, timeout)
     for other, launcher in (("TorchDistributed", "torchrun"), ("MPI", "mpirun"), ("Horovod", "horovodrun")):
         if other != name:
-            yield Collective(other, note=f"not under {launch.launcher}: start doctor with launch/{launcher}.sh")
+            yield Collective(other, note=f"only under {launcher}: syncbn launch {launcher} ... -- -m syncbn doctor")
 
 
 def _all_reduce(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`python -m syncbn doctor`: what this installation can do, and whether the cluster that it runs on is fit."""
+"""`syncbn doctor`: what this installation can do, and whether the cluster that it runs on is fit."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _installation_text(found: Sequence[Part]) -> str:
             "",
             f"broken: {', '.join(broken)}"
             if broken
-            else "fit; to examine a cluster: launch/torchrun.sh ... -- -m syncbn doctor",
+            else "fit; to examine a cluster: syncbn launch torchrun --procs-per-node 2 -- -m syncbn doctor",
         ]
     )
 

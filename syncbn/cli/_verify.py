@@ -1,4 +1,4 @@
-"""`python -m syncbn verify`: the layer over all ranks against the whole batch in one process, in float64."""
+"""`syncbn verify`: the layer over all ranks against the whole batch in one process, in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python .../syncbn/cluster ...` is `python -m syncbn launch ...`, without the seconds that importing torch takes.
+"""`python .../syncbn/cluster ...` is `syncbn launch ...`, without the seconds that importing torch takes.
 
 Python that is given a folder knows no package. Here is one that has the files of syncbn, but has not run its __init__.
 """

@@ -75,11 +75,16 @@ def run(words: Sequence[str], env: Mapping[str, str]) -> int:
 
 
 def tool(name: str, remedy: str) -> str:
-    """Return the path of a program, looked for beside this Python first; or raise a problem with the remedy."""
-    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
+    """Return the path of a program, or raise a problem with the remedy."""
+    found = find(name)
     if found is None:
         raise HostError(f"{name} not found: {remedy}")
     return found
+
+
+def find(name: str) -> str | None:
+    """Return the path of a program, looked for beside this Python first; None if it is nowhere."""
+    return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
 
 
 def threads_each(ranks: int) -> int:

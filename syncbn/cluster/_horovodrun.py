@@ -11,10 +11,10 @@ from ._malloc import keep_memory
 from ._over_ssh import OverSsh
 
 DESCRIPTION = """Run a training script in N ranks on this host, or on each of several, started by horovodrun
-(launch/install_horovod.sh installs it). Give the command on one host; it reaches the others by ssh, which must not ask
+(`syncbn install-horovod` builds it). Give the command on one host; it reaches the others by ssh, which must not ask
 for a password (~/.ssh/config has its settings).
 
-example: --hosts node1:2,node2:2 -- examples/detect_digits.py --steps 50"""
+example: --hosts node1:2,node2:2 -- train.py --steps 50"""
 
 
 def horovodrun(options: OverSsh) -> Command:
@@ -23,7 +23,7 @@ def horovodrun(options: OverSsh) -> Command:
     Raises:
         HostError: horovodrun is missing, or a host cannot take part.
     """
-    program = tool("horovodrun", "run launch/install_horovod.sh")
+    program = tool("horovodrun", "syncbn install-horovod builds it")
     ranks, threads, hosts = options.ask()
     settings = {**omp(threads), **keep_memory(os.environ)}
     # --gloo: a Horovod built with MPI would else start mpirun.

@@ -28,12 +28,12 @@ LAUNCHERS: dict[str, tuple[type[Options], str, Callable[[Any], Command]]] = {
     "slurm-rank": (SlurmRank, _slurm.RANK, _slurm.slurm_rank),
 }
 EPILOG = """SCRIPT is a Python script, or -m MODULE; it and the environment have the same path on every host. The
-environment is that of the Python that runs this; the scripts in launch/ take .venv-syncbn, or what SYNCBN_VENV names,
-if it is there. Each rank gets OMP_NUM_THREADS = cores / ranks of its host, unless that is set; and, on CPUs,
+environment is that of the Python that runs this (launch/*.sh of the repository take .venv-syncbn, or what SYNCBN_VENV
+names, if it is there). Each rank gets OMP_NUM_THREADS = cores / ranks of its host, unless that is set; and, on CPUs,
 MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=9223372036854775807, with which it keeps the memory of freed tensors,
 unless you set malloc yourself (GLIBC_TUNABLES=glibc.malloc.hugetlb=0 leaves it as it is). A rank that fails ends the
 whole job, and the exit status is then not 0."""
-SUMMARY = f"""usage: python -m syncbn launch LAUNCHER [OPTION ...] -- SCRIPT [ARGUMENT ...]
+SUMMARY = f"""usage: syncbn launch LAUNCHER [OPTION ...] -- SCRIPT [ARGUMENT ...]
 
 LAUNCHER is one of {", ".join(LAUNCHERS)}; LAUNCHER --help says more.
 

@@ -13,7 +13,7 @@ SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "9223372036854775807"}
 REMEDY = (
     f"set {' and '.join(f'{name}={value}' for name, value in KEEP.items())} before Python starts, as "
-    "`python -m syncbn launch` does"
+    "`syncbn launch` does"
 )
 
 

