@@ -1,4 +1,4 @@
-"""What launch/test-versions.sh does with its rows. Arguments: HEAD, the file of rows, and the page if one is to be written.
+"""What launch/test-versions.sh does with its rows. Arguments: HEAD, the file of rows, and the page to write, if any.
 
 A row takes the place of the one in the table under HEAD that begins with the same two cells, or joins the table.
 """
