@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_job
@@ -71,3 +72,23 @@ def test_two_processes_with_local_statistics_do_not() -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_is_short(name: str) -> None:
     assert len((ROOT / f"examples/train_{name}.py").read_text().splitlines()) < 80
+
+
+def test_the_tour_draws_its_pictures(tmp_path: Path) -> None:
+    """With one epoch and two numbers of replicas."""
+    tour = (ROOT / "examples/tour.py").read_text()
+    for long, short in (("EPOCHS, BATCH = 2, 32", "EPOCHS, BATCH = 1, 32"), ("[32, 16, 8, 4, 2, 1]  #", "[32, 8]  #")):
+        assert tour.count(long) == 1
+        tour = tour.replace(long, short)
+    (tmp_path / "tour.py").write_text(tour)
+    job = run_job([sys.executable, "tour.py"], seconds=140, cwd=tmp_path, env={"MPLBACKEND": "agg"})
+    assert job.returncode == 0, job.stdout
+    pictures = {picture.name for picture in (tmp_path / "runs/tour").iterdir()}
+    assert pictures == {picture.name for picture in (ROOT / "docs/images/tour").iterdir()}
+    errors = {
+        name: [float(error) for error in row.split(", ")]
+        for name, row in re.findall(r"^(.*, (?:with syncbn|nn\.BatchNorm2d)): (.*e-.*)$", job.stdout, re.MULTILINE)
+    }
+    assert len(errors) == 8
+    for name, row in errors.items():
+        assert all(error < 1e-13 if name.endswith("with syncbn") else error > 1e-5 for error in row), (name, row)
