@@ -48,6 +48,7 @@ PAGES = {  # that include a file from elsewhere in the repository, by this file:
     ROOT / "README.md": DOCS / "index.md",
     ROOT / "CHANGELOG.md": DOCS / "changes.md",
     ROOT / "CONTRIBUTING.md": DOCS / "contributing.md",
+    ROOT / "SECURITY.md": DOCS / "security.md",
     ROOT / "docker/README.md": DOCS / "containers.md",
 }
 
