@@ -334,7 +334,9 @@ def test_nothing_needs_numpy():
     assert [name for name, source in SOURCES.items() if needs_numpy(name, source)] == []
 
 
-@pytest.mark.parametrize("source", ["import numpy as np", "from numpy import array", "x.cpu().numpy()", "torch.from_numpy(x)"])
+@pytest.mark.parametrize(
+    "source", ["import numpy as np", "from numpy import array", "x.cpu().numpy()", "torch.from_numpy(x)"]
+)
 def test_a_need_of_numpy_is_seen(source):
     assert needs_numpy("_layer", source)
 
