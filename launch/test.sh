@@ -2,7 +2,7 @@
 # Usage: launch/test.sh [--cluster] [ARGUMENT ...]
 #
 # Everything that is checked before a commit, here and in CI: sets up .venv-syncbn with the development tools and Horovod,
-# then runs ruff, mypy, shellcheck, hadolint and pytest. The arguments go to pytest: launch/test.sh -k convert
+# then runs ruff, mypy, shellcheck, hadolint, actionlint and pytest. The arguments go to pytest: launch/test.sh -k convert
 #
 # Options:
 #   --cluster   instead, jobs over several hosts, which are network namespaces of this one (tests/cluster). They need root,
@@ -40,5 +40,6 @@ check ruff format --check
 check mypy
 check shellcheck --external-sources --source-path=SCRIPTDIR launch/*.sh launch/*.sbatch docker/*.sh .ci/run
 check hadolint --config docker/hadolint.yaml docker/Dockerfile docker/Dockerfile.cuda
+check actionlint
 check python -m pytest "$@"
-say "passed: ruff, mypy, shellcheck, hadolint, pytest"
+say "passed: ruff, mypy, shellcheck, hadolint, actionlint, pytest"

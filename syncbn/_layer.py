@@ -61,9 +61,9 @@ class Synchronised(_BatchNorm):
         """Any (N, C, *): `train` checks it. A converted layer has the check of its original class here."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
-        """Normalise `input` (N, C, *), add `residual`, of its shape and dtype, and apply the activation.
+        """Normalise `input`, `(N, C, *)`, add `residual`, of its shape and dtype, and apply the activation.
 
-        A `mask` (N, 1, *) or (N, *) says which values the statistics are taken over, see `sync_batch_norm`.
+        A `mask`, `(N, 1, *)` or `(N, *)`, says which values the statistics are taken over, see `sync_batch_norm`.
         """
         self._check_input_dim(input)
         epilogue = Epilogue(self.weight, self.bias, residual, self._activation)
@@ -150,7 +150,7 @@ class SyncBatchNorm(Synchronised, nn.BatchNorm2d, metaclass=ABCMeta):
     dimensions. Converted layers are instances of SyncBatchNorm, and of their own original class.
 
     Args:
-        num_features: C, channels of the input (N, C, *).
+        num_features: C, channels of the input `(N, C, *)`.
         eps: added to the variance.
         momentum: weight of the new value in the running statistics (1 - decay); None averages all batches equally.
         affine: learn `weight` and `bias`.

@@ -19,11 +19,11 @@ def valid_positions(sizes: Tensor | Sequence[int] | Sequence[Sequence[int]], lik
     Args:
         sizes: integers: (N,) lengths for `like` (N, C, L), or (N, D) sizes for D dimensions behind the channels, as a
             tensor or a sequence (of tuples, of torch.Size: `[image.shape[-2:] for image in images]`).
-        like: the padded batch (N, C, *), or another tensor of its shape and device; its values do not matter. Behind a
-            convolution with strides the sizes are those behind it, too.
+        like: the padded batch `(N, C, *)`, or another tensor of its shape and device; its values do not matter.
+            Behind a convolution with strides the sizes are those behind it, too.
 
     Returns:
-        bool (N, 1, *) on the device of `like`.
+        bool `(N, 1, *)` on the device of `like`.
 
     Raises:
         InputError: sizes that are not one for each sample and dimension, or negative, or larger than `like` (a

@@ -24,9 +24,8 @@ def send_state(optimizer: Optimizer, comm: BaseCommunicator, source: int, device
         torch.save(optimizer.state_dict(), file)
     length = torch.tensor([file.getbuffer().nbytes], dtype=torch.float64, device=device)
     numel = int(comm.all_reduce(length, _LENGTH).item())
-    state = torch.frombuffer(bytearray(file.getvalue() or numel), dtype=torch.uint8)
-    for piece in torch.split(state, BUCKET_BYTES // 2):
+    state = bytearray(file.getvalue() or numel)
+    for piece in torch.split(torch.frombuffer(state, dtype=torch.uint8), BUCKET_BYTES // 2):
         piece.copy_(send(piece.to(device), comm, source))
     if comm.rank != source:
-        received = io.BytesIO(state.numpy().tobytes())
-        optimizer.load_state_dict(torch.load(received, map_location="cpu", weights_only=True))
+        optimizer.load_state_dict(torch.load(io.BytesIO(state), map_location="cpu", weights_only=True))

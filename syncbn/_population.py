@@ -63,8 +63,9 @@ def recompute_statistics(
 
     Raises:
         InputError: the layers or their modes differ between ranks, all are in eval mode, a rank has fewer batches than
-            another, a layer was given anything but (N, C, *), none was run, or a forward of its own does not say which
-            values are normalised: it calls neither `super().forward` nor `F.batch_norm` with its running statistics.
+            another, a layer was given anything but `(N, C, *)`, none was run, or a forward of its own does not say
+            which values are normalised: it calls neither `super().forward` nor `F.batch_norm` with its running
+            statistics.
         DTypeError: running statistics, or inputs of layers, are not plain tensors (DTensors).
 
     Collectives: one of 3P numbers among P ranks, one of P before each batch and at the end, those of the forwards, and

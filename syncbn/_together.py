@@ -24,7 +24,7 @@ def normalize_together(
     Args:
         layers: SyncBatchNorm, or converted, all of one process group; none depends on the output of another, none has a
             forward of its own.
-        inputs: one (N, C, *) for each layer, all on one device; shapes, C and dtypes may differ.
+        inputs: one `(N, C, *)` for each layer, all on one device; shapes, C and dtypes may differ.
         residuals: None, or one for each layer, each a tensor or None.
 
     Returns:

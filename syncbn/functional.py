@@ -67,9 +67,9 @@ def sync_batch_norm(
     where there are none; then the addition and the activation. There the mask counts where the batch's statistics do.
 
     Args:
-        input: (N, C, *), any floating dtype; N, or a dimension of *, may be 0. A DTensor sharded over N or * is summed
-            over the dimensions of its mesh that shard it, which hold the replicas; parameters and buffers are ordinary
-            tensors or replicated over that mesh, a residual is placed as it is.
+        input: `(N, C, *)`, any floating dtype; N, or a dimension of `*`, may be 0. A DTensor sharded over N or `*` is
+            summed over the dimensions of its mesh that shard it, which hold the replicas; parameters and buffers are
+            ordinary tensors or replicated over that mesh, a residual is placed as it is.
         running_mean: (C,), any floating dtype, or None. Updated in place in training, but not by a forward that repeats
             an earlier one inside a backward (activation checkpointing).
         running_var: like `running_mean`.
@@ -84,11 +84,11 @@ def sync_batch_norm(
         activation: "relu", "leaky_relu" (slope 0.01), "silu" or "hardswish", or the torch.nn module that is one of
             these, as nn.LeakyReLU(0.1); each as torch defines it.
         residual: added before the activation: shape, dtype and device of `input`, any memory format.
-        mask: (N, 1, *) or (N, *), bool, True where a value is valid, or floating weights that are finite and not
+        mask: `(N, 1, *)` or `(N, *)`, bool, True where a value is valid, or floating weights that are finite and not
             negative; on the device of `input`, constants. See `syncbn.valid_positions` for padded batches.
 
     Returns:
-        (N, C, *) in dtype and memory format of `input`. Per-value arithmetic is float32, float64 for float64 input.
+        `(N, C, *)` in dtype and memory format of `input`. Per-value arithmetic is float32, float64 for float64 input.
 
     Raises:
         InputError: wrong rank, channel count, device, activation, shape of the residual or the mask, or one value per

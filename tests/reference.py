@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from syncbn import SyncBatchNorm
+from syncbn._epilogue import _FUNCTIONS
 from syncbn.comm import Communicator, run_threads
 
 WORLDS = [1, 2, 3, 4]
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 TIGHT = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+ACTIVATIONS = [nn.LeakyReLU(0.25) if f.module is nn.LeakyReLU else f.module() for f in _FUNCTIONS.values()]  # all
 _FACTOR = {"dweight": 5, "dbias": 5, "running_mean": 0.5, "running_var": 0.5}  # of TIGHT
 
 

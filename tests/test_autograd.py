@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import (
+    ACTIVATIONS,
     Recording,
     assert_close,
     assert_tensor_close,
@@ -86,7 +87,7 @@ def test_gradgradcheck(shapes):
 
 
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-@pytest.mark.parametrize("activation", [None, "relu", nn.LeakyReLU(0.25), "silu", "hardswish"], ids=str)
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS], ids=str)
 def test_gradients_through_activation_and_residual(activation, check):
     shapes = [(2, 2), (1, 2)]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from reference import ACTIVATIONS
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchFunction
 
@@ -134,9 +135,9 @@ def test_more_values_than_an_int32_counts(emulated: list[str], count: int) -> No
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("activation", [None, "relu", nn.LeakyReLU(0.2), "silu", "hardswish"], ids=str)
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS], ids=str)
 def test_activation_and_residual(
-    emulated: list[str], memory_format: str, with_residual: bool, activation: str | nn.Module | None
+    emulated: list[str], memory_format: str, with_residual: bool, activation: nn.Module | None
 ) -> None:
     x, dy, residual = (torch.randn(4, 3, 5, 2).double().to(memory_format=FORMATS[memory_format]) for _ in range(3))
     weight, bias = torch.randn(3).double(), torch.randn(3).double()

@@ -17,7 +17,7 @@ import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import Batch, assert_close, random_batch, replicas, whole_batch
+from reference import ACTIVATIONS, Batch, assert_close, random_batch, replicas, whole_batch
 from test_kernels import (
     COMPUTE_EPS,
     DTYPES,
@@ -36,7 +36,7 @@ from test_kernels import (
 )
 
 import syncbn
-from syncbn._epilogue import Activation, Epilogue
+from syncbn._epilogue import Activation, Epilogue, activation_of
 from syncbn._statistics import Running, update_running
 from syncbn.comm import run_threads
 from syncbn.errors import InputError, KernelsError
@@ -58,13 +58,7 @@ def launches(monkeypatch):
 
 
 NAMES = ["moments", "normalize", "backward_sums", "backward_input"]
-ACTIVATIONS = {
-    None: lambda z: z.clone(),
-    Activation("relu"): F.relu,
-    Activation("leaky_relu", 0.3): lambda z: F.leaky_relu(z, 0.3),
-    Activation("silu"): F.silu,
-    Activation("hardswish"): F.hardswish,
-}
+FUNCTIONS = {None: lambda z: z.clone(), **{activation_of(module): module for module in ACTIVATIONS}}
 # Planes and rows; one tile and several; one program and several for each channel; widths that fill tiles and do not.
 SHAPES = {
     contiguous: [(3, 2, 7), (2, 2, 67), (1, 1, 1000), (20, 2, 3, 3), (9, 17, 2, 1), (3, 2, 2, 3, 5)],
@@ -74,7 +68,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("layout", SHAPES)
 @pytest.mark.parametrize("added", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize(("number", "activation"), list(enumerate(ACTIVATIONS)), ids=str)
+@pytest.mark.parametrize(("number", "activation"), list(enumerate(FUNCTIONS)), ids=str)
 def test_formulas(launches, number, activation, added, layout):
     """Shapes and dtypes take turns: the interpreter is slow. Another dtype for weight and bias."""
     shape = SHAPES[layout][(2 * number + added) % len(SHAPES[layout])]
@@ -96,7 +90,7 @@ def _test_formulas(x, dy, parameters, residual, activation):
     epilogue, eps = Epilogue(weight, bias, residual, activation), COMPUTE_EPS[x.dtype]
     ulps = 16 if x.dtype == torch.float64 else 4
     z = Reference(x, dy, weight.double(), bias.double()).y + (0 if residual is None else residual.double())
-    expected = ACTIVATIONS[activation](z.requires_grad_())
+    expected = FUNCTIONS[activation](z.requires_grad_())
     dz = torch.autograd.grad(expected, z, dy.double())[0]
     of, size = Reference(x, dz, weight.double(), bias.double()), z.detach().abs().max() + 1
 
@@ -127,7 +121,7 @@ def _test_formulas(x, dy, parameters, residual, activation):
         assert y.stride() == x.stride()
 
 
-@pytest.mark.parametrize("activation", list(ACTIVATIONS)[1:], ids=str)
+@pytest.mark.parametrize("activation", list(FUNCTIONS)[1:], ids=str)
 def test_edges_of_activations(launches, activation):
     """At and next to where the pieces of a function meet, at its ends, and for NaN: what torch does."""
     z = torch.tensor(
@@ -140,7 +134,7 @@ def test_edges_of_activations(launches, activation):
     y, _ = _triton.normalize(x, identity(1), epilogue, 0.0, None)
     _, dz = _triton.backward_sums(dy, x, of, epilogue)
     dx = _triton.backward_input(dy, x, of, epilogue._replace(residual=None), torch.zeros(2).double())
-    expected = ACTIVATIONS[activation](x.requires_grad_())
+    expected = FUNCTIONS[activation](x.requires_grad_())
     gradient = torch.autograd.grad(expected, x, dy)[0]
     torch.testing.assert_close(y, expected.detach(), equal_nan=True)
     torch.testing.assert_close(dz, gradient, equal_nan=True)
@@ -318,12 +312,12 @@ def test_replicas_in_channels_last(launches):
     assert_close(replicas(batch, dtype=torch.float64), whole_batch(batch, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("activation", list(ACTIVATIONS)[1:3], ids=str)
+@pytest.mark.parametrize("activation", list(FUNCTIONS)[1:3], ids=str)
 def test_replicas_with_activation_and_residual(launches, activation):
     """relu(norm(x) + residual) over two replicas, one of them in channels_last, and all of its gradients."""
     x, residual, dy = (random((4, 3, 5, 2), torch.float64, seed=seed) for seed in range(3))
     leaves = [t.clone().requires_grad_() for t in (x, residual)]
-    expected = ACTIVATIONS[activation](F.batch_norm(leaves[0], None, None, training=True) + leaves[1])
+    expected = FUNCTIONS[activation](F.batch_norm(leaves[0], None, None, training=True) + leaves[1])
     expected.backward(dy)
 
     def replica(comm):

@@ -95,7 +95,7 @@ class MPI(BaseCommunicator):
         verdict = self._add_first(first, kind_of(x), signature)
         rest = flat[first.numel() :]
         if rest.numel() and verdict != OTHER_VECTOR:
-            self._add(rest if aware else rest.numpy())
+            self._add(rest)
         return here.to(x.device), verdict
 
     def _add_first(self, x: Tensor, kind: int, signature: int) -> int:
