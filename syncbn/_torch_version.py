@@ -6,13 +6,13 @@ import torch
 
 __all__ = ["OLDEST", "refuse_older"]
 
-OLDEST = (2, 6)
+OLDEST = (2, 8)
 
 
 def refuse_older(version: str) -> None:
     """Raise ImportError if this version of torch is older than OLDEST.
 
-    By the numbers alone: pip counts a pre-release of 2.6, which some containers bring, as older.
+    By the numbers alone: pip counts a pre-release of 2.8, which some containers bring, as older.
     """
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
         raise ImportError(
