@@ -323,6 +323,24 @@ def test_a_loaded_package_is_seen():
     assert "mpi4py" in loaded_by("import mpi4py")
 
 
+def needs_numpy(name, source):
+    """Tell whether NumPy is imported, or a tensor turned into one of its arrays: torch does without it too."""
+    attributes = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    packages = {full.split(".")[0] for full in imported(name, source)}
+    return "numpy" in packages or bool(attributes & {"numpy", "from_numpy"})
+
+
+def test_nothing_needs_numpy():
+    assert [name for name, source in SOURCES.items() if needs_numpy(name, source)] == []
+
+
+@pytest.mark.parametrize(
+    "source", ["import numpy as np", "from numpy import array", "x.cpu().numpy()", "torch.from_numpy(x)"]
+)
+def test_a_need_of_numpy_is_seen(source):
+    assert needs_numpy("_layer", source)
+
+
 def test_public_modules():
     """Every other file starts with an underscore; `kernels`, `cluster` and `cli` gather private files."""
     public = {name for name in SOURCES if not any(part.startswith("_") for part in name.split("."))}

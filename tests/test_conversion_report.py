@@ -107,7 +107,7 @@ def test_what_is_left_and_why(caplog: pytest.LogCaptureFixture) -> None:
     assert "converted every.module: BatchNorm1d" in text
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_a_scripted_model_is_left() -> None:
     report = convert_sync_batchnorm(torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), dry_run=True)
     assert report.left == {"0": "BatchNorm2d was compiled by torch.jit.script: convert the model before that"}

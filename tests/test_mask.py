@@ -578,13 +578,13 @@ def _compiled(rank: int, size: int, how: str) -> None:
     torch.testing.assert_close(net.norm.running_mean, 0.1 * mean, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("how", ["aot_eager", "traced"])
 def test_real_ranks_on_different_paths(gloo, how):
     gloo(2, _compiled, how)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_a_trace_is_saved_and_checks_its_mask():
     net = Model(SyncBatchNorm(3))
     x, mask = torch.randn(4, 3, 5), torch.rand(4, 5) < 0.5

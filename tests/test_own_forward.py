@@ -176,7 +176,7 @@ def test_traced_by_fx_as_a_leaf() -> None:
     assert [node.target for node in graph.nodes if node.op == "call_module"] == ["0", "1"]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("kind", [BySuper, ByFunction])
 def test_exported(kind) -> None:
     layer, x = convert_sync_batchnorm(made(kind)), torch.randn(SHAPE, dtype=torch.float64)

@@ -275,7 +275,7 @@ def test_collectives_of_a_region(wrap: Wrap, lengths: list[int]) -> None:
         assert all(map(torch.equal, results, expected))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_region(backend: str) -> None:
     """Two uses of a layer: the second is given intermediate values as running statistics."""

@@ -32,7 +32,7 @@ def test_the_communicator_has_the_protocol():
 
 
 def test_a_world_of_none_is_refused():
-    with pytest.raises(ValueError, match="greater than 0"):
+    with pytest.raises(ValueError, match="expected 1 or more replicas, got 0"):
         run_threads(0, lambda comm: None)
 
 

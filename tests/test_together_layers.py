@@ -966,7 +966,7 @@ def compiled_block(layers, x):
     return torch.compile(lambda x: in_block(layers, [x, x]), backend="eager", fullgraph=True)(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("follow", [under_func, under_trace, compiled_inside, compiled_block], ids=lambda f: f.__name__)
 def test_what_follows_operations_is_refused(follow):
     torch.compiler.reset()

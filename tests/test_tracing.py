@@ -57,7 +57,7 @@ def test_the_layer_is_a_leaf_of_torch_fx(training: bool) -> None:
 # torch.jit
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_script_says_to_revert_first() -> None:
     net = convert_sync_batchnorm(model())
     with pytest.raises(ConversionError, match=r"torch.jit.script.*script syncbn.reverted\(model\)"):
@@ -65,7 +65,7 @@ def test_script_says_to_revert_first() -> None:
     torch.jit.script(syncbn.revert_sync_batchnorm(net))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_trace_trains(saved: bool) -> None:
     """Statistics move, gradients flow; also of a trace that was saved and loaded."""
@@ -81,7 +81,7 @@ def test_a_trace_trains(saved: bool) -> None:
     assert_trains_as_nn(traced)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
 def test_a_trace_checks_lengths(name: str) -> None:
     """It wrote past the buffer."""

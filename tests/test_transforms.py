@@ -60,7 +60,7 @@ UNSUPPORTED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # torch.func.jvp's own
 @pytest.mark.parametrize("use", UNSUPPORTED.values(), ids=UNSUPPORTED)
 def test_other_transforms_are_refused_before_any_collective(use) -> None:
     layer = SyncBatchNorm(3, process_group=Unreachable())
@@ -69,7 +69,7 @@ def test_other_transforms_are_refused_before_any_collective(use) -> None:
     assert layer.num_batches_tracked == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_forward_mode_without_torch_func_is_refused() -> None:
     import torch.autograd.forward_ad as forward_ad
 

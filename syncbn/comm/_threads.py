@@ -92,6 +92,7 @@ def run_threads(size: int, fn: Callable[[Communicator], T], *, timeout: float = 
         timeout: seconds that a replica waits for its peers in one collective.
 
     Raises:
+        ValueError: if `size` is less than 1.
         Exception: the first error of any thread; the others are released from their collectives.
 
     Example:
@@ -99,6 +100,8 @@ def run_threads(size: int, fn: Callable[[Communicator], T], *, timeout: float = 
         >>> run_threads(3, lambda comm: comm.all_reduce(torch.tensor([float(comm.rank)])).item())
         [3.0, 3.0, 3.0]
     """
+    if size < 1:
+        raise ValueError(f"expected 1 or more replicas, got {size}")
     room = _Room(size, timeout)
     errors: list[BaseException] = []  # in the order of their happening: the first is the cause
 
