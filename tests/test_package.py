@@ -24,10 +24,11 @@ def settings() -> dict[str, Any]:
 
 
 def test_version(settings: dict[str, Any]) -> None:
-    """In one place, from which the build reads it; the change log begins with it."""
+    """In one place, from which the build reads it; the change log and the citation follow."""
     assert settings["tool"]["scikit-build"]["metadata"]["version"]["input"] == "syncbn/__init__.py"
     releases = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert releases[0] == syncbn.__version__
+    assert f"\nversion: {syncbn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_commands_are_there(settings: dict[str, Any]) -> None:
