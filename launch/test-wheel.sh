@@ -33,8 +33,7 @@ check() {
 
 if [[ $1 != --installed ]]; then
   wheel=$(realpath -e "$1")
-  use_environment
-  python=$(tool "${PYTHON:-python3}" "set PYTHON to a Python, 3.10 or newer")
+  python=$(use_environment && tool "${PYTHON:-python3}" "set PYTHON to a Python, 3.10 or newer") # its PATH ends here
   "$python" -m venv "$folder/venv"
   export VIRTUAL_ENV=$folder/venv PATH=$folder/venv/bin:$PATH
   STARTED=$(date +%s)
