@@ -135,7 +135,7 @@ def is_exported() -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_exporting() -> bool:
     """Ask torch itself: the compiler of torch 2.8 takes `is_exporting` for true in all that it compiles."""
-    return torch.compiler.is_exporting()
+    return bool(torch.compiler.is_exporting())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
