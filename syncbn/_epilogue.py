@@ -113,11 +113,6 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None
     activation: Activation | None = None
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """weight, bias and residual."""
-        return self[:3]
-
     def finish(self, y: Tensor) -> Tensor:
         """Add the residual to `y` = weight·x̂ + bias and apply the activation, in the memory of `y`."""
         z = self._add(y)
@@ -129,3 +124,8 @@ class Epilogue(NamedTuple):
 
     def _add(self, y: Tensor) -> Tensor:
         return y if self.residual is None else y.add_(self.residual)
+
+
+def tensors_of(epilogue: Epilogue) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return weight, bias and residual. A function: the compiler of torch 2.8 follows no property of a named tuple."""
+    return epilogue.weight, epilogue.bias, epilogue.residual

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import Steps, T, all_reduce, forward, gradients, keep, sync_batch_norm
-from ._epilogue import Epilogue
+from ._epilogue import Epilogue, tensors_of
 from ._names import Places, places_of_several
 from ._recomputation import is_repeatable
 from ._statistics import Running
@@ -31,7 +31,7 @@ class Call(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Input, weight, bias and residual: what may need a gradient."""
-        return self.x, *self.epilogue.tensors
+        return self.x, *tensors_of(self.epilogue)
 
 
 def sync_batch_norms(calls: Sequence[Call], comm: BaseCommunicator) -> list[Tensor]:

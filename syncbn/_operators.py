@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _autograd
 from ._checks import check
-from ._epilogue import Activation, Epilogue
+from ._epilogue import Activation, Epilogue, tensors_of
 from ._names import Places, places_of, text_of
 from ._recomputation import is_repeatable, once
 from ._statistics import Running, update_running
@@ -57,15 +57,16 @@ def sync_batch_norm(
     if torch._C._get_tracing_state() is None:  # the strides that `_forward_shapes` promises; torch.jit.trace needs none
         x = x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
     named = (name, None) if isinstance(name, str) else ("", name)
-    y, _, total = torch.ops.syncbn.forward(x, *_flat(epilogue), mask, *running[:3], eps, group, *named)
+    buffers = running.mean, running.var, running.batches  # the compiler of torch 2.8 knows no slice of a named tuple
+    y, _, total = torch.ops.syncbn.forward(x, *_flat(epilogue), mask, *buffers, eps, group, *named)
     repeatable = not torch.is_grad_enabled()
-    update_running(running, torch.ops.syncbn.counted(total, *running[:3], repeatable))
+    update_running(running, torch.ops.syncbn.counted(total, *buffers, repeatable))
     return y  # type: ignore[no-any-return]
 
 
 def _flat(epilogue: Epilogue) -> tuple[Any, ...]:
     """Return what a schema can hold of it: no activation is one without a name."""
-    return *epilogue.tensors, *(epilogue.activation or ("", 0.0))
+    return *tensors_of(epilogue), *(epilogue.activation or ("", 0.0))
 
 
 def _epilogue(*flat: Any) -> Epilogue:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ._epilogue import Epilogue
+from ._epilogue import Epilogue, tensors_of
 from ._layer import Synchronised, is_exported
 from ._statistics import Running
 from .errors import ConversionError
@@ -117,7 +117,7 @@ class _Catch(CatchBatchNorm):
 
     def note(self, func: Any, args: tuple[Any, ...]) -> None:
         """Note a normalisation by `super().forward`: in torch.compile it is the operation, else `train`."""
-        if (func is train and self._is_for_layer(args[1].tensors)) or (
+        if (func is train and self._is_for_layer(tensors_of(args[1]))) or (
             func in _OPERATOR and self._is_for_layer(args[1:4])
         ):
             self.calls.append(func)

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import _autograd, _block, _operators
 from ._checks import check, is_traced, refuse_transforms
 from ._dtensor import group_of, locally
-from ._epilogue import ActivationLike, Epilogue, activation_of
+from ._epilogue import ActivationLike, Epilogue, activation_of, tensors_of
 from ._statistics import Running
 from .comm._groups import ProcessGroup, alone, communicator, key_of
 
@@ -140,7 +140,7 @@ def train(
 
     `name` is that of the layer, in compiled code its number: see `_names.Name`.
     """
-    tensors = (input, *epilogue.tensors, mask)
+    tensors = (input, *tensors_of(epilogue), mask)
     if has_torch_function(tensors):  # subclasses and modes decide, as for a function of torch's own
         return handle_torch_function(train, tensors, input, epilogue, running, eps, group, mask, name)
     if _block.blocks:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from syncbn import SyncBatchNorm
 from syncbn._epilogue import _FUNCTIONS
 from syncbn.comm import Communicator, run_threads
+
+WITHOUT_BIAS = pytest.param(
+    {"bias": False},
+    marks=pytest.mark.skipif(
+        "bias" not in signature(nn.BatchNorm1d).parameters, reason="nn.BatchNorm of this torch has no argument bias"
+    ),
+)
 
 WORLDS = [1, 2, 3, 4]
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference import (
+    WITHOUT_BIAS,
     WORLDS,
     Batch,
     assert_close,
@@ -38,7 +39,7 @@ def test_any_number_of_channels(channels):
 
 @pytest.mark.parametrize(
     "options",
-    [{"affine": False}, {"bias": False}, {"eps": 0.1}, {"momentum": 0.9}, {"track_running_stats": False}],
+    [{"affine": False}, WITHOUT_BIAS, {"eps": 0.1}, {"momentum": 0.9}, {"track_running_stats": False}],
     ids=str,
 )
 @pytest.mark.parametrize("world", [1, 3])

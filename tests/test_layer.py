@@ -8,6 +8,7 @@ import pytest
 import torch
 from reference import (
     FLOATS,
+    WITHOUT_BIAS,
     Recording,
     Unreachable,
     assert_close,
@@ -25,7 +26,7 @@ from syncbn import SyncBatchNorm
 from syncbn.comm import run_threads
 from syncbn.errors import DTypeError, GroupError, InputError
 
-OPTIONS = [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}, {"momentum": None}]
+OPTIONS = [{}, {"affine": False}, WITHOUT_BIAS, {"track_running_stats": False}, {"momentum": None}]
 
 
 def trained(layer):
