@@ -48,10 +48,9 @@ def locally(
         _replica(name, t, input, shares) for name, t in (("weight", epilogue.weight), ("bias", epilogue.bias))
     )
     with torch.no_grad():  # which gives the memory itself
-        mean, var, batches = (
-            _replica(name, t, input, shares)
-            for name, t in zip(("running_mean", "running_var", "num_batches_tracked"), running[:3], strict=True)
-        )
+        mean = _replica("running_mean", running.mean, input, shares)
+        var = _replica("running_var", running.var, input, shares)
+        batches = _replica("num_batches_tracked", running.batches, input, shares)
     parts = Epilogue(weight, bias, residual, epilogue.activation)
     y = normalise(input.to_local(), parts, Running(mean, var, batches, running.momentum), mask)
     return DTensor.from_local(y, input.device_mesh, input.placements, shape=input.shape, stride=input.stride())

@@ -970,7 +970,8 @@ def compiled_block(layers, x):
 @pytest.mark.parametrize("follow", [under_func, under_trace, compiled_inside, compiled_block], ids=lambda f: f.__name__)
 def test_what_follows_operations_is_refused(follow):
     torch.compiler.reset()
-    with pytest.raises(Exception, match=r"together\(\)"):
+    hidden = "|Observed exception"  # by the compiler of torch 2.8
+    with pytest.raises(Exception, match=r"together\(\)" + (hidden if torch.__version__ < "2.10" else "")):
         follow(two(), torch.randn(4, 3))
     assert not blocks
 
