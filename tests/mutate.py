@@ -103,7 +103,9 @@ AREAS = {
     "syncbn/comm/_horovod.py": "communicators groups launcher",
 }
 NOT_CORE = {
+    "syncbn/_launch.py",
     "syncbn/_launcher.py",
+    "syncbn/_torch_version.py",
     "syncbn/_compiled.py",
     "syncbn/__init__.py",
     "syncbn/__main__.py",
