@@ -85,7 +85,7 @@ inline nb::object get(nb::handle of, PyObject *name) { return checked(PyObject_G
 
 // As PyObject_CallMethodNoArgs and PyObject_CallMethodOneArg, which Python's stable ABI lacks.
 template <typename... Arguments> PyObject *call_method(nb::handle of, PyObject *name, Arguments... arguments) {
-    PyObject *const all[] = {of.ptr(), arguments...};
+    PyObject *all[] = {of.ptr(), arguments...};
     return PyObject_VectorcallMethod(name, all, std::size(all) | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
 }
 inline nb::object call(nb::handle of, PyObject *name) { return checked(call_method(of, name)); }

@@ -3,7 +3,7 @@
 #
 # On one machine, without a launcher: `syncbn.comm.run_threads(P, fn)` runs `fn(comm)` on P threads, each one replica.
 # As a script, `python examples/tour.py` draws the pictures into runs/tour; the cells open in VS Code and, through
-# jupytext, in Jupyter. Needs `pip install syncbn matplotlib scikit-learn`.
+# jupytext, in Jupyter. Needs `pip install . matplotlib scikit-learn`.
 
 # %%
 from itertools import product

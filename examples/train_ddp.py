@@ -1,6 +1,6 @@
 """Handwritten digits with DistributedDataParallel: P processes train what one process trains with the whole batch.
 
-    pip install syncbn scikit-learn
+    pip install . scikit-learn
     python examples/train_ddp.py
     torchrun --nproc-per-node 2 examples/train_ddp.py
 
@@ -44,7 +44,7 @@ model = nn.Sequential(
 ).to(device)
 syncbn.convert_sync_batchnorm(model)  # in place, before DDP wraps the model
 
-# From torch 2.13 on, forward_sync_buffers=False saves DDP a broadcast a step: the running statistics are equal already.
+# forward_sync_buffers=False (before torch 2.13 broadcast_buffers=False) saves a broadcast: buffers are equal already.
 parallel = DistributedDataParallel(model) if comm.size > 1 else model
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)  # the learning rate of the whole batch
 

@@ -1,6 +1,6 @@
 """Handwritten digits with Horovod's DistributedOptimizer, which averages the gradients while backward still runs.
 
-    pip install syncbn scikit-learn && syncbn install-horovod
+    pip install . scikit-learn && syncbn install-horovod
     python examples/train_horovod.py
     syncbn launch horovodrun --procs-per-node 2 -- examples/train_horovod.py
 

@@ -1,6 +1,6 @@
 """Handwritten digits on CPUs under MPI, without DistributedDataParallel, which has no MPI.
 
-    pip install "syncbn[mpi]" scikit-learn
+    pip install ".[mpi]" scikit-learn
     python examples/train_mpi.py
     syncbn launch mpirun --procs-per-node 2 -- examples/train_mpi.py
 

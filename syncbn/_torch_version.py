@@ -17,7 +17,7 @@ def refuse_older(version: str) -> None:
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
         raise ImportError(
             f"syncbn needs torch {OLDEST[0]}.{OLDEST[1]} or newer, and {version} is installed ({torch.__path__[0]}): "
-            "pip install --upgrade torch, or an older syncbn"
+            "pip install --upgrade torch"
         )
 
 

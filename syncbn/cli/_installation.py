@@ -190,7 +190,7 @@ def _mpirun(mpi: Part) -> Part:
     what = f"{path} of {family}"
     if mpi.state == "ok" and family not in mpi.what:
         return Part("mpirun", "broken", f"{what}, but mpi4py loads {mpi.what}", "every rank would be a world of one: "
-                    "put the mpirun of the same MPI first on PATH")  # fmt: skip
+                    "uninstall the package of this mpirun, or install the MPI that mpi4py loads")  # fmt: skip
     return Part("mpirun", "ok", what)
 
 
