@@ -97,7 +97,8 @@ result_of() { # NAME PATTERN COMMAND ...
     failed=yes verdict='failed '
     say "failed, see $log"
   fi
-  result=$verdict$(grep -oE "$2" "$log" | tail -1) || true
+  result=$(grep -oE "$2" "$log" | tail -1 | sed 's/, $//') || true
+  [[ $result == *failed* ]] || result=$verdict$result
 }
 
 two_ranks() { # LAUNCHER NAME PATTERN SCRIPT ...
