@@ -68,7 +68,7 @@ def convert_sync_batchnorm(
 
     Example:
         >>> from torch import nn
-        >>> convert_sync_batchnorm(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)))[1]
+        >>> convert_sync_batchnorm(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)))[1]  # doctest: +ELLIPSIS
         SyncBatchNorm2d(4, eps=1e-05, momentum=0.1, affine=True, ...track_running_stats=True)
         >>> print(convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)), skip="0", dry_run=True))
         norm layers: 1 converted, 1 skipped, 0 refused, 0 left
@@ -141,7 +141,7 @@ def revert_sync_batchnorm(module: M) -> M:
 
     Example:
         >>> from torch import nn
-        >>> revert_sync_batchnorm(convert_sync_batchnorm(nn.BatchNorm1d(4)))
+        >>> revert_sync_batchnorm(convert_sync_batchnorm(nn.BatchNorm1d(4)))  # doctest: +ELLIPSIS
         BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, ...track_running_stats=True)
     """
     fused = fused_norms(module)
